@@ -1,0 +1,44 @@
+# Every target sets itself up: a virtual environment in .venv with what it needs, made once.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
+
+.PHONY: help demo test lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone, so that nothing that follows can choose another build of it.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable '.[examples]' torchopt
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable '.[examples,test,bench]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.test
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.demo  ## clean mislabelled digits; table and picture in results/
+	$(RUN) examples/denoise_digits.py
+
+test: $(VENV)/.test  ## run the tests with branch coverage
+	$(RUN) -m pytest --cov --cov-report=term --cov-fail-under=95
+
+lint: $(VENV)/.dev  ## lint, format check and strict types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,37 @@
+"""Bilevel optimisation in PyTorch by penalty: min over u of f(u, v) where v minimises g(u, .)."""
+
+from __future__ import annotations
+
+from . import functional as functional
+from .curvature import DoubleBackward as DoubleBackward
+from .curvature import FiniteDifference as FiniteDifference
+from .errors import BilevelError as BilevelError
+from .errors import BilevelWarning as BilevelWarning
+from .errors import DoubleBackwardError as DoubleBackwardError
+from .errors import NondeterministicClosureError as NondeterministicClosureError
+from .errors import NonFiniteError as NonFiniteError
+from .errors import UnusedParameterError as UnusedParameterError
+from .metrics import Metrics as Metrics
+from .multipliers import EpsilonTest as EpsilonTest
+from .multipliers import LeastSquares as LeastSquares
+from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
+from .penalties import Stationarity as Stationarity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilevelError",
+    "BilevelWarning",
+    "DoubleBackward",
+    "DoubleBackwardError",
+    "EpsilonTest",
+    "FiniteDifference",
+    "LeastSquares",
+    "Metrics",
+    "NonFiniteError",
+    "NondeterministicClosureError",
+    "PenaltyBilevelOptimizer",
+    "Stationarity",
+    "UnusedParameterError",
+    "functional",
+]

@@ -1,0 +1,71 @@
+"""Suspicions: parameters that nothing depends on, and hypergradients that are exactly zero."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from . import graph
+from .errors import BilevelWarning, UnusedParameterError
+from .evaluation import Norms
+from .penalties import Losses
+from .tensors import Pair
+
+
+def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool) -> None:
+    """Look once through the graphs of f and r for upper parameters that neither depends on.
+
+    Warns if r depends on none at all: then v does not respond to u and the closures may be swapped.
+
+    Raises:
+        UnusedParameterError: naming the parameters, unless ``allow_unused``.
+        ValueError: g does not depend on the lower parameters.
+    """
+    upper_loss = losses.upper(*at)
+    in_upper_loss = graph.reached([upper_loss], at.upper)
+    del upper_loss
+    lower_loss = losses.lower(*at)
+    slopes = torch.autograd.grad(lower_loss, at.lower, create_graph=True, allow_unused=True)
+    residual = [r for r in slopes if r is not None]
+    if not residual:
+        raise ValueError(
+            "the lower loss does not depend on any lower parameter; are the two closures swapped?"
+        )
+    in_residual = graph.reached(residual, at.upper)
+    unused = [
+        name
+        for name, direct, indirect in zip(names, in_upper_loss, in_residual, strict=True)
+        if not direct and not indirect
+    ]
+    if unused and not allow_unused:
+        raise_unused(unused)
+    if not any(in_residual):
+        warnings.warn(
+            "grad_v g does not depend on any upper parameter, so v does not respond to u and the "
+            "hypergradient is the plain gradient of f; are the two closures swapped?",
+            BilevelWarning,
+            stacklevel=5,
+        )
+
+
+def raise_unused(names: Sequence[str]) -> None:
+    """Say which parameters nothing depends on."""
+    raise UnusedParameterError(
+        f"neither the upper loss nor the residual of the lower one depends on {list(names)}; "
+        "use them in a closure, freeze them with requires_grad_(False), or pass allow_unused=True"
+    )
+
+
+def warn_if_zero(measured: Norms) -> bool:
+    """Warn of a hypergradient that is exactly zero although the multiplier is not."""
+    if float(measured.upper_grad) != 0.0 or float(measured.adjoint) == 0.0:
+        return False
+    warnings.warn(
+        "the hypergradient is exactly zero: either u is at a stationary point, or the losses do "
+        "not see it (a detach, an argmax, a rounding or a dead activation on the way?)",
+        BilevelWarning,
+        stacklevel=5,
+    )
+    return True

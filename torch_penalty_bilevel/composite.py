@@ -1,0 +1,136 @@
+"""Two ordinary torch optimizers that behave as one ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import levels
+
+
+class TwoLevelOptimizer(Optimizer):
+    """An upper and a lower rule with one list of groups, one state and one checkpoint.
+
+    The rules share their group dicts and their ``state`` with this object, so a scheduler, a
+    checkpoint or a hook may address either. Both views are computed when asked for: a copied
+    list would silently fork as soon as a rule reloads its own state.
+
+    Subclasses name their instance attributes in ``_fields`` (what pickle keeps) and call ``_join``.
+    """
+
+    upper: Optimizer
+    lower: Optimizer
+    _order: list[str]
+    _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order")
+
+    def _join(self, upper: Optimizer, lower: Optimizer) -> None:
+        """Start life with these two rules, in the way unpickling does."""
+        self.upper, self.lower = upper, lower
+        self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
+        # Schedulers that cycle momentum look here for what all groups have.
+        common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}
+        super().__setstate__({"defaults": common})
+
+    def _rules(self) -> dict[str, Optimizer]:
+        return {"upper": self.upper, "lower": self.lower}
+
+    # torch.optim.Optimizer keeps these two as plain attributes; here they are views.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """All groups, in the order they were added; each says its ``"level"``."""
+        waiting: dict[str, Iterator[dict[str, Any]]] = {
+            level: iter(rule.param_groups) for level, rule in self._rules().items()
+        }
+        groups = [next(waiting[level]) for level in self._order]
+        for level, rest in waiting.items():  # added to a rule behind this object's back
+            for group in rest:
+                levels.mark(group, level)  # type: ignore[arg-type]
+                self._order.append(level)
+                groups.append(group)
+        return groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The state of all parameters, one mapping for both rules."""
+        if self.upper.state is not self.lower.state:
+            self.lower.state.update(self.upper.state)
+            self.upper.state = self.lower.state
+        return self.lower.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the level named by its ``"level"`` entry.
+
+        Raises:
+            ValueError: no level, an unknown one, or a parameter that some group already holds.
+        """
+        level = param_group.get("level") if isinstance(param_group, dict) else None
+        if level not in ("upper", "lower"):
+            raise ValueError(f'a parameter group needs "level": "upper" or "lower", got {level!r}')
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        group = dict(param_group)
+        params = group["params"]
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        if any(id(p[1] if isinstance(p, tuple) else p) in held for p in group["params"]):
+            raise ValueError("a parameter of the new group is already in a group of either level")
+        self._rules()[level].add_param_group(group)
+        self._order.append(level)
+        self._group_added(level, group["params"])
+
+    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    # Checkpoints, pickle, deepcopy.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's ``{"state", "param_groups"}`` plus ``"bilevel"``; tensors are not copied."""
+        return super().state_dict() | {"bilevel": self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken: the next step is bit-equal.
+
+        Raises:
+            ValueError: the checkpoint does not fit; nothing was changed.
+        """
+        own = state_dict.get("bilevel")
+        if own is None:
+            raise ValueError(
+                f"not a state dict of {type(self).__name__}: it has no 'bilevel' entry (a state "
+                "dict of one level? load it into optimizer.upper or optimizer.lower)"
+            )
+        saved = [group.get("level") for group in state_dict["param_groups"]]
+        here = [group["level"] for group in self.param_groups]
+        if saved != here:
+            raise ValueError(
+                f"the checkpoint's groups have levels {saved}, this optimizer's have {here}"
+            )
+        self._check_own_state(own)
+        super().load_state_dict(state_dict)
+        self._load_own_state(own)
+
+    def _own_state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not the rest of __dict__: schedulers wrap ``step`` on the instance, and hooks, as torch
+        # has it, are not pickled.
+        self.state  # noqa: B018  join the rules' states first
+        return {name: self.__dict__[name] for name in self._fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = {k: v for k, v in state.items() if k not in ("param_groups", "state")}
+        super().__setstate__(own)
+        if "param_groups" in state:  # from load_state_dict, which builds new groups and state
+            for level, rule in self._rules().items():
+                groups = [g for g in state["param_groups"] if g["level"] == level]
+                rule.__setstate__({"param_groups": groups, "state": state["state"]})

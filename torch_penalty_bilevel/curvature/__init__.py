@@ -1,0 +1,35 @@
+"""Engines for second-order products (J q, H q) of the lower loss, and how to choose one by name."""
+
+from __future__ import annotations
+
+from .automatic import Automatic as Automatic
+from .double_backward import DoubleBackward as DoubleBackward
+from .finite_difference import FiniteDifference as FiniteDifference
+from .protocol import Curvature as Curvature
+from .protocol import Linearised as Linearised
+from .protocol import Loss as Loss
+from .vector_jacobian import VectorJacobian as VectorJacobian
+
+_BY_NAME = {
+    engine.name: engine for engine in (Automatic, DoubleBackward, FiniteDifference, VectorJacobian)
+}
+
+
+def resolve(curvature: str | Curvature) -> Curvature:
+    """The engine behind a name, or the engine itself.
+
+    Raises:
+        ValueError: no engine has this name.
+        TypeError: not an engine.
+    """
+    if isinstance(curvature, str):
+        if curvature not in _BY_NAME:
+            raise ValueError(
+                f"curvature must be one of {sorted(_BY_NAME)} or an engine, got {curvature!r}"
+            )
+        return _BY_NAME[curvature]()
+    if isinstance(curvature, type) or not hasattr(curvature, "linearise"):
+        raise TypeError(
+            f"curvature must be a name or an engine such as FiniteDifference(), got {curvature!r}"
+        )
+    return curvature

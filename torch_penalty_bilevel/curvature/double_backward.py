@@ -1,0 +1,119 @@
+"""Second-order products by reverse over reverse: exact, for every operation torch can do twice."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from .. import graph
+from ..errors import DoubleBackwardError
+from ..tensors import OptionalPair, Pair, Tensors
+from .protocol import Linearised, Loss
+
+_REMEDY = (
+    'Use curvature="finite_difference" (no second derivative needed), or "auto" to switch by '
+    "itself; for attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward "
+    "pass has a second derivative."
+)
+# Fragments of what torch 2.x says when an operation has no double backward.
+_REFUSALS = (
+    r"derivative for '?(?P<op>[\w:]+)'? is not implemented",
+    r"[Dd]ouble backwards? (?:is|are) not supported for (?P<op>[\w ]+)",
+    r"(?P<op>torch\.compile) with aot_autograd does not currently support double backward",
+    r"This backward function was (?P<op>compiled) with non-empty donated buffers",
+    r"differentiate twice a function that was marked with @(?P<op>once_differentiable)",
+    r"When (?P<op>use_reentrant=True), torch\.utils\.checkpoint is incompatible",
+    r"trying to backward through (?P<op>\w+) .*does not support double backward",
+)
+
+
+@contextlib.contextmanager
+def explained() -> Generator[None]:
+    """Turn torch's many ways to refuse a double backward into one error that names the remedy."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        for pattern in _REFUSALS:
+            if match := re.search(pattern, str(error)):
+                raise DoubleBackwardError(
+                    f"no second derivative for {match['op']!r} in the lower loss. {_REMEDY}"
+                ) from error
+        if "backward through the graph a second time" in str(error):
+            raise DoubleBackwardError(
+                "the graph of a loss was already freed: the closure called backward() itself. "
+                "Return the loss and let the optimizer differentiate it."
+            ) from error
+        raise
+
+
+def first_order(loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
+    """Value and gradient of ``loss`` for both levels by one ordinary backward pass."""
+    value = loss(at.upper, at.lower)
+    with explained():
+        gradients = torch.autograd.grad(value, (*at.upper, *at.lower), allow_unused=True)
+    n = len(at.upper)
+    return value.detach(), OptionalPair(gradients[:n], gradients[n:])
+
+
+class DoubleBackward:
+    """Differentiate the residual graph: one backward pass against q gives J q and H q together.
+
+    r = grad_v g is computed with its graph; the product is
+    ``autograd.grad(r, (u, v), grad_outputs=q)``. About three plain gradients of g with r included
+    and twice the saved activations. Exact to rounding.
+
+    The first linearisation looks through the graph for operations whose second derivative is
+    silently wrong and refuses them.
+
+    Raises:
+        DoubleBackwardError: an operation cannot be differentiated twice.
+    """
+
+    name = "double_backward"
+    cost = 3
+
+    def __init__(self) -> None:
+        self._inspected = False
+
+    def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
+        return first_order(loss, at)
+
+    def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
+        value = loss(at.upper, at.lower)
+        self.inspect(value)
+        with explained():
+            residual = torch.autograd.grad(
+                value, at.lower, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+        def product(direction: Tensors) -> OptionalPair:
+            # Entries of r that are constant have no graph and no second derivative.
+            pairs = [(r, q) for r, q in zip(residual, direction, strict=True) if r.requires_grad]
+            n = len(at.upper)
+            if not pairs:
+                return OptionalPair((None,) * n, (None,) * len(at.lower))
+            with explained():
+                parts = torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    (*at.upper, *at.lower),
+                    grad_outputs=[q for _, q in pairs],
+                    retain_graph=reusable,
+                    allow_unused=True,
+                )
+            return OptionalPair(parts[:n], parts[n:])
+
+        return Linearised(value.detach(), tuple(r.detach() for r in residual), product)
+
+    def inspect(self, value: Tensor) -> None:
+        """Refuse, once, a graph whose second derivative is known to be wrong."""
+        if self._inspected:
+            return
+        if culprit := graph.silently_wrong(value):
+            raise DoubleBackwardError(
+                f"autograd's second derivative of {culprit} is silently wrong. {_REMEDY}"
+            )
+        self._inspected = True

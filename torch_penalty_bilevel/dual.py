@@ -1,0 +1,87 @@
+"""The dual half of the method: what a multiplier rule remembers, and what it must be able to do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .evaluation import Evaluation, Norms
+from .tensors import Tensors, zeros_for
+
+
+class DualState(NamedTuple):
+    """What a rule remembers; scalars are 0-d tensors, so advancing never waits for the device."""
+
+    multiplier: Tensors
+    """nu, shaped like the lower parameters, in at least float32."""
+    probe: Tensors
+    """A power-iteration vector, shaped like the lower parameters; empty where none is kept."""
+    scalars: dict[str, Tensor]
+    """Always ``weight`` (gamma, multiplies ||r||^2 / 2) and ``damping`` (lambda, multiplies g)."""
+    count: int
+    """Lower steps so far."""
+
+    def only(self, moving: Sequence[bool]) -> DualState:
+        """Restricted to the lower parameters that move."""
+        if all(moving):
+            return self
+        return self._replace(
+            multiplier=tuple(itertools.compress(self.multiplier, moving)),
+            probe=tuple(itertools.compress(self.probe, moving)),
+        )
+
+    def merged(self, part: DualState, moving: Sequence[bool]) -> DualState:
+        """``part`` where parameters move, this state where they do not."""
+        if all(moving):
+            return part
+
+        def fill(old: Tensors, new: Tensors) -> Tensors:
+            fresh = iter(new)
+            return tuple(next(fresh) if m else t for t, m in zip(old, moving, strict=False))
+
+        return part._replace(
+            multiplier=fill(self.multiplier, part.multiplier), probe=fill(self.probe, part.probe)
+        )
+
+    def extended(self, new: Sequence[Tensor]) -> DualState:
+        """With zeros for lower parameters added at the end."""
+        return self._replace(
+            multiplier=self.multiplier + zeros_for(new),
+            probe=self.probe + zeros_for(new) if self.probe else (),
+        )
+
+
+class MultiplierRule(Protocol):
+    """The dual half of the method."""
+
+    shares_evaluation: bool
+    """May the last lower evaluation serve the upper update too?"""
+
+    def start(self, lower: Tensors) -> DualState:
+        """The state before the first step."""
+        ...
+
+    def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
+        """Q = nu + gamma r."""
+        ...
+
+    def probes(self, state: DualState) -> bool:
+        """Does the next evaluation need a product with ``probe``?"""
+        ...
+
+    def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
+        """A direction of unit length; ``slope`` is grad_v f."""
+        ...
+
+    def lower_update(
+        self, state: DualState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, DualState]:
+        """The gradient d for the lower rule, and the state after this lower step."""
+        ...
+
+    def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
+        """The state after an upper step that used ``evaluation``."""
+        ...

@@ -1,0 +1,27 @@
+"""What can go wrong, each with a name of its own."""
+
+from __future__ import annotations
+
+
+class BilevelError(RuntimeError):
+    """Base class of the errors this package raises while it computes."""
+
+
+class NonFiniteError(BilevelError):
+    """A loss, residual or gradient is infinite or NaN; raised before anything was changed."""
+
+
+class UnusedParameterError(BilevelError):
+    """Neither the upper loss nor the lower residual depends on an upper parameter."""
+
+
+class DoubleBackwardError(BilevelError):
+    """An operation of the lower loss has no (trustworthy) second derivative in autograd."""
+
+
+class NondeterministicClosureError(BilevelError):
+    """Two evaluations of a closure at one point disagree, so a difference of them is noise."""
+
+
+class BilevelWarning(RuntimeWarning):
+    """The computation went on, but a result deserves a second look."""

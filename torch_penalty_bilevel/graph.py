@@ -1,0 +1,62 @@
+"""Questions to an autograd graph: what it depends on, and whether its second derivative is real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+# Operations whose double backward runs and returns wrong numbers. torch.nn.utils'
+# weight_norm: the saved norm is treated as a constant, so the Hessian with respect to the
+# direction v is wrong by its own size while the gradient is exact.
+_SILENTLY_WRONG = {"WeightNormInterfaceBackward0": "torch.nn.utils weight_norm"}
+
+
+def nodes(*outputs: Tensor) -> Iterator[Any]:
+    """Every node of the autograd graph behind ``outputs``, each once."""
+    seen: set[Any] = set()
+    stack: list[Any] = [output.grad_fn for output in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def reached(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[bool]:
+    """For each leaf of ``parameters``: does any of ``outputs`` depend on it?"""
+    leaves = {id(node.variable) for node in nodes(*outputs) if hasattr(node, "variable")}
+    leaves |= {id(output) for output in outputs}  # an output may itself be a leaf
+    return [id(parameter) in leaves for parameter in parameters]
+
+
+def silently_wrong(output: Tensor) -> str | None:
+    """Name of an operation behind ``output`` whose double backward returns wrong numbers."""
+    for node in nodes(output):
+        name = node.name()
+        if name in _SILENTLY_WRONG:
+            return _SILENTLY_WRONG[name]
+        if isinstance(node, BackwardCFunction) and _once_differentiable(node):
+            return f"{_function_name(node)} (marked once_differentiable)"
+    return None
+
+
+def custom_function(output: Tensor) -> str | None:
+    """Name of a Python autograd Function behind ``output``; nothing vouches for its derivatives."""
+    for node in nodes(output):
+        if isinstance(node, BackwardCFunction):
+            return _function_name(node)
+    return None
+
+
+def _once_differentiable(node: Any) -> bool:
+    # The decorator wraps backward with functools.wraps, which leaves this trace.
+    return hasattr(node._forward_cls.backward, "__wrapped__")
+
+
+def _function_name(node: Any) -> str:
+    return f"autograd.Function {node._forward_cls.__name__}"

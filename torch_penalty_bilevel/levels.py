@@ -1,0 +1,165 @@
+"""The two levels as ordinary torch optimizers: building, naming, stepping by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Level: TypeAlias = Literal["upper", "lower"]
+Parameters: TypeAlias = (
+    Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | Optimizer
+)
+
+
+def build(argument: Parameters, level: Level, lr: float | None, default_lr: float) -> Optimizer:
+    """The level's rule: the optimizer given, or ``torch.optim.Adam`` over what was given.
+
+    Raises:
+        ValueError: nothing to optimise, or an ``lr`` that would have no effect.
+        TypeError: not parameters.
+    """
+    if isinstance(argument, Optimizer):
+        if lr is not None:
+            raise ValueError(
+                f"{level}_lr={lr} has no effect: {level} is a ready {type(argument).__name__}; "
+                "set its learning rate where you build it"
+            )
+        optimizer = argument
+    else:
+        optimizer = torch.optim.Adam(
+            _as_list(argument, level), lr=_checked_lr(lr, level, default_lr)
+        )
+    for group in optimizer.param_groups:
+        mark(group, level)
+    _check_rule(optimizer, level)
+    return optimizer
+
+
+def mark(group: dict[str, Any], level: Level) -> None:
+    """Write the level into a parameter group."""
+    if group.setdefault("level", level) != level:
+        raise ValueError(
+            f"a parameter group given as {level} says level={group['level']!r}; "
+            "one group belongs to one level"
+        )
+
+
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of a rule, in group order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def names(optimizer: Optimizer, level: Level) -> list[str]:
+    """One name per parameter: the user's, or ``upper[0]`` by position."""
+    found: list[str] = []
+    for group in optimizer.param_groups:
+        given = group.get("param_names")
+        for index in range(len(group["params"])):
+            found.append(given[index] if given else f"{level}[{len(found)}]")
+    return found
+
+
+def are_named(optimizer: Optimizer) -> bool:
+    """Were the parameters given as (name, tensor) pairs?"""
+    return all("param_names" in group for group in optimizer.param_groups)
+
+
+def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
+    """Raise if one tensor sits in both levels."""
+    if upper is lower:
+        raise ValueError("upper and lower are the same optimizer; each level needs its own")
+    below = {id(p) for p in parameters(lower)}
+    for name, parameter in zip(names(upper, "upper"), parameters(upper), strict=True):
+        if id(parameter) in below:
+            raise ValueError(
+                f"parameter {name!r} of shape {tuple(parameter.shape)} is in both levels; "
+                "give it to the level that should move it"
+            )
+
+
+def _as_list(argument: Any, level: Level) -> list[Any]:
+    if isinstance(argument, Tensor):
+        raise TypeError(f"{level} is a single tensor; write [{level}] to optimise one tensor")
+    if isinstance(argument, dict):
+        raise TypeError(f"{level} is a dict; pass a list of parameter-group dicts or .items()")
+    try:
+        listed = list(argument)
+    except TypeError:
+        raise TypeError(
+            f"{level} must be tensors, (name, tensor) pairs, parameter-group dicts or a "
+            f"torch.optim.Optimizer, got {type(argument).__name__}"
+        ) from None
+    if not listed:
+        raise ValueError(
+            f"{level} is empty (an exhausted generator? model.parameters() can be read only once)"
+        )
+    return listed
+
+
+def _checked_lr(lr: float | None, level: Level, default: float) -> float:
+    if lr is None:
+        return default
+    if not isinstance(lr, (int, float)) or not 0 <= lr < float("inf"):
+        raise ValueError(f"{level}_lr must be a finite number >= 0, got {lr!r}")
+    return float(lr)
+
+
+def _check_rule(optimizer: Optimizer, level: Level) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"{level} cannot be LBFGS: its step evaluates a closure of its own and does not see "
+            "the penalty; use a rule whose step() takes no closure, such as Adam or SGD"
+        )
+    tensors = parameters(optimizer)
+    if not any(p.requires_grad for p in tensors):
+        raise ValueError(
+            f"no parameter of {level} requires grad; call requires_grad_() on those to optimise"
+        )
+    for name, parameter in zip(names(optimizer, level), tensors, strict=True):
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"parameter {name!r} of {level} has dtype {parameter.dtype}; "
+                "bilevel optimisation needs real floating-point parameters"
+            )
+
+
+@torch.no_grad()
+def step_touched_rows(optimizer: Optimizer) -> None:
+    """``optimizer.step()``, except on rows that had no gradient: they and their moments stay.
+
+    A row is an entry along the first dimension: one sample's weight, one poison image, one
+    embedding. A row whose gradient is exactly zero was not in the batch; dense Adam would
+    still move it by its momentum and let its moments fade.
+    """
+    kept = [(p, _absent_rows(p)) for p in parameters(optimizer)]
+    saved = [(p, rows, p.clone(), _row_state(optimizer, p)) for p, rows in kept if rows is not None]
+    optimizer.step()
+    for parameter, rows, before, state in saved:
+        parameter.copy_(torch.where(rows, before, parameter))
+        after = optimizer.state[parameter]
+        for key, old in state.items():
+            after[key].copy_(torch.where(rows, old, after[key]))
+
+
+def _absent_rows(parameter: Tensor) -> Tensor | None:
+    """Mask (broadcastable over the tensor) of zero-gradient rows; None where all rows count."""
+    gradient = parameter.grad
+    if gradient is None or gradient.layout != torch.strided or gradient.dim() == 0:
+        return None
+    absent = (gradient == 0).flatten(1).all(1) if gradient.dim() > 1 else gradient == 0
+    if not bool(absent.any()):
+        return None
+    return absent.reshape(-1, *[1] * (gradient.dim() - 1))
+
+
+def _row_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state.get(parameter, {})
+    return {
+        key: value.clone()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }

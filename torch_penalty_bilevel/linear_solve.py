@@ -1,0 +1,96 @@
+"""Linear solvers on tuples of tensors, for symmetric systems given as a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .tensors import Tensors, axpy, dot, norm, scale
+
+
+class Solution(NamedTuple):
+    """What a solver ends with."""
+
+    value: Tensors
+    """The last iterate; NaN after a breakdown, never a plausible wrong number."""
+    iterations: int
+    """Products used."""
+    residual_norm: float
+    """||b - A x||_2 of ``value`` (not squared), recomputed from the definition."""
+    converged: bool
+    """residual_norm <= tolerance * ||b||_2."""
+    message: str
+    """What happened and what to try."""
+
+
+def conjugate_gradient(
+    product: Callable[[Tensors], Tensors],
+    right: Tensors,
+    *,
+    tolerance: float = 1e-10,
+    max_iterations: int | None = None,
+) -> Solution:
+    r"""Solve A x = b for symmetric positive definite A (Hestenes & Stiefel, 1952).
+
+    The residual is recomputed from its definition every 10 iterations and before returning, since
+    the recursively updated one drifts away from it.
+
+    Args:
+        product: x -> A x.
+        right: b, a tuple of tensors.
+        tolerance: bound on ||b - A x||_2 / ||b||_2.
+        max_iterations: products at most; None: ten times the number of unknowns (in exact
+            arithmetic one time is enough).
+
+    Returns:
+        The last iterate with its true residual. A direction of non-positive curvature (A is not
+        positive definite) is a breakdown: the value is NaN and ``converged`` is False.
+
+    Example:
+        >>> import torch
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> solution = conjugate_gradient(lambda x: (A @ x[0],), (torch.tensor([3.0, 4.0]),))
+        >>> solution.value[0]
+        tensor([1., 1.])
+    """
+    limit = max_iterations or 10 * sum(b.numel() for b in right)
+    value = scale(right, 0.0)
+    residual = direction = right
+    square = float(dot(residual, residual))
+    bound = (tolerance * float(norm(right))) ** 2
+    products = 0
+    while square > bound and products < limit:
+        curved = product(direction)
+        products += 1
+        curvature = float(dot(direction, curved))
+        if not curvature > 0:
+            nan = scale(right, float("nan"))
+            return Solution(nan, products, float("nan"), False, _breakdown(curvature))
+        step = square / curvature
+        value = axpy(step, direction, value)
+        if products % 10 == 0:
+            residual = axpy(-1.0, product(value), right)
+            products += 1
+        else:
+            residual = axpy(-step, curved, residual)
+        previous, square = square, float(dot(residual, residual))
+        direction = axpy(square / previous, direction, residual)
+    error = float(norm(axpy(-1.0, product(value), right)))
+    converged = error <= tolerance * float(norm(right))
+    message = (
+        "converged"
+        if converged
+        else (
+            f"stopped after {products} products with ||b - A x|| = {error:.1e} > "
+            f"{tolerance:.1e} * ||b||; "
+            "raise max_iterations or tolerance, or add damping"
+        )
+    )
+    return Solution(value, products, error, converged, message)
+
+
+def _breakdown(curvature: float) -> str:
+    return (
+        f"curvature {curvature:.3g} along a search direction: the Hessian is not positive definite "
+        "there; minimise the lower level further, or add damping"
+    )

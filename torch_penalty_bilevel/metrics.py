@@ -1,0 +1,39 @@
+"""What the last step saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of the last evaluation, as detached 0-d tensors; ``float()`` fetches one.
+
+    All are NaN before the first step.
+    """
+
+    upper_loss: Tensor
+    """f(u, v)."""
+    lower_loss: Tensor
+    """g(u, v)."""
+    residual_norm: Tensor
+    """||r||_2 = ||grad_v g||_2: how far v is from a stationary point of g."""
+    adjoint_residual_norm: Tensor
+    """||grad_v f + H q||_2, the certificate: how far q is from the exact adjoint."""
+    upper_grad_norm: Tensor
+    """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate."""
+    penalty_weight: Tensor
+    """gamma, multiplies ||r||^2 / 2."""
+    damping: Tensor
+    """lambda, multiplies g in the lower level."""
+    gradient_evaluations: int
+    """Since construction: gradients of f and of g plus second-order products."""
+
+    @classmethod
+    def unknown(cls) -> Metrics:
+        """Before the first step."""
+        nan = torch.tensor(float("nan"))
+        return cls(nan, nan, nan, nan, nan, nan, nan, 0)

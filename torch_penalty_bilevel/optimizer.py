@@ -1,0 +1,337 @@
+"""``PenaltyBilevelOptimizer``: two levels, two closures, one ordinary torch optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import closures, levels, penalties
+from . import curvature as engines
+from .checks import check_dependence, raise_unused, warn_if_zero
+from .composite import TwoLevelOptimizer
+from .curvature import Automatic, Curvature, VectorJacobian
+from .dual import DualState
+from .evaluation import Evaluation, Norms, measure
+from .levels import Parameters
+from .metrics import Metrics
+from .penalties import Losses, Penalty, Reduce
+from .tensors import Pair, Tensors, zeros_for
+from .transaction import all_or_nothing
+
+Closure: TypeAlias = Callable[..., Tensor]
+Evaluate: TypeAlias = Callable[[], tuple[Evaluation, Norms]]
+
+
+def _identity(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _check_count(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+
+
+class PenaltyBilevelOptimizer(TwoLevelOptimizer):
+    r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
+
+    The lower problem is replaced by its stationarity and the violation is penalised, with a
+    multiplier that learns the adjoint (see ``Stationarity`` and ``LeastSquares``): per lower step
+    one gradient of f, one of g and one second-order product; no inverse, no unrolling.
+
+    .. math::
+        u \leftarrow \text{upper rule}(\nabla_u f + J q), \qquad
+        v \leftarrow \text{lower rule}(d), \qquad q \to -H^{-1}\nabla_v f
+
+    with J = d2g/du dv, H = d2g/dv2 and d the lower direction of the penalty's rule.
+
+    It is a ``torch.optim.Optimizer``: schedulers, hooks, ``state_dict``, ``add_param_group``,
+    pickle and deepcopy work on both levels at once; each parameter group says which ``"level"`` it
+    belongs to. ``optimizer.upper`` and ``optimizer.lower`` are the two rules inside; register
+    step hooks on them to clip gradients. ``optimizer.metrics`` (a ``Metrics``) describes the last
+    evaluation and does not wait for the device until a number is read.
+
+    Rows of an upper tensor (entries along dim 0) whose hypergradient is exactly zero do not move,
+    and neither do their moments: a sample that was not in the batch keeps its weight.
+
+    Args:
+        upper: the upper parameters u: tensors, (name, tensor) pairs, parameter-group dicts, or a
+            ready ``torch.optim.Optimizer`` over them.
+        lower: the lower parameters v, likewise.
+        upper_lr: learning rate where an upper group names none (default: 1e-3).
+        lower_lr: the same for the lower level (default: 1e-3).
+        lower_steps: v-steps before each u-step in ``step``.
+        warmup_steps: the first so many calls of ``step`` move v and the multiplier only, so that u
+            starts on a hypergradient that is already about right.
+        penalty: ``"stationarity"``, ``"paper"`` (the published schedule) or an object.
+        curvature: ``"auto"``, ``"double_backward"``, ``"finite_difference"``, ``"functional"``
+            (torch.func; the closures are then pure functions of (upper, lower), each a tuple in
+            parameter order or, for parameters given with names, a dict) or an object.
+        reduce: averages a tuple of tensors over workers; default: one worker.
+        allow_unused: accept upper parameters that no loss depends on; they do not move.
+
+    Raises:
+        ValueError, TypeError: at construction, naming the argument, its value and the remedy.
+
+    Example:
+        >>> u = torch.tensor([0.0], requires_grad=True)
+        >>> v = torch.tensor([0.0], requires_grad=True)
+        >>> optimizer = PenaltyBilevelOptimizer([u], [v], upper_lr=0.1, lower_lr=0.1)
+        >>> for _ in range(300):
+        ...     loss = optimizer.step(
+        ...         lambda: (u**2 + v**2).sum(),      # upper loss f
+        ...         lambda: ((1 - u - v) ** 2).sum()  # lower loss g, so v = 1 - u
+        ...     )
+        >>> abs(float(u) - 0.5) < 1e-2 and abs(float(v) - 0.5) < 1e-2
+        True
+    """
+
+    _fields = (
+        *TwoLevelOptimizer._fields,
+        "lower_steps",
+        "warmup_steps",
+        "penalty",
+        "curvature",
+        "reduce",
+        "allow_unused",
+        "metrics",
+        "_dual",
+        "_adjoint",
+        "_counts",
+        "_seen",
+    )
+
+    def __init__(
+        self,
+        upper: Parameters,
+        lower: Parameters,
+        *,
+        upper_lr: float | None = None,
+        lower_lr: float | None = None,
+        lower_steps: int = 1,
+        warmup_steps: int = 0,
+        penalty: str | Penalty = "stationarity",
+        curvature: str | Curvature = "auto",
+        reduce: Reduce | None = None,
+        allow_unused: bool = False,
+    ) -> None:
+        _check_count("lower_steps", lower_steps, at_least=1)
+        _check_count("warmup_steps", warmup_steps, at_least=0)
+        if reduce is not None and not callable(reduce):
+            raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
+        upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
+        lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3)
+        levels.check_disjoint(upper_rule, lower_rule)
+        self._join(upper_rule, lower_rule)
+        self.lower_steps = lower_steps
+        self.warmup_steps = warmup_steps
+        self.penalty = penalties.resolve(penalty)
+        self.curvature = engines.resolve(curvature)
+        self.reduce: Reduce = reduce or _identity
+        self.allow_unused = bool(allow_unused)
+        self.metrics = Metrics.unknown()
+        self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
+        self._adjoint = self._dual.multiplier
+        self._counts = {"steps": 0, "gradient_evaluations": 0}
+        self._seen = {"dependence": False, "zero": False}
+
+    # The method.
+
+    def step(  # type: ignore[override]
+        self, upper_closure: Closure, lower_closure: Closure
+    ) -> Tensor:
+        """``lower_steps`` updates of v and the multiplier, then one update of u.
+
+        The last lower evaluation also serves the upper update where the rule allows it:
+        ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
+        step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published.
+        BatchNorm statistics move once per call.
+
+        Args:
+            upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
+            lower_closure: returns g, likewise.
+
+        Returns:
+            f at the last evaluation, detached, 0-d.
+
+        Raises:
+            NonFiniteError: a loss, residual or gradient is not finite. As after any exception,
+                parameters, buffers, random generators and state are as before the call.
+            UnusedParameterError: no loss depends on an upper parameter.
+            DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
+        """
+        shared = self.penalty.rule.shares_evaluation
+        one_evaluation = shared and self.lower_steps == 1
+        with self._undone_on_error(
+            upper_closure, lower_closure, rules=[] if one_evaluation else [self.lower]
+        ) as evaluate:
+            for _ in range(self.lower_steps):
+                seen = evaluate()
+                self._move_lower(*seen)
+            if not shared:
+                seen = evaluate()
+                self._adjoint = self._merged(seen[0].adjoint)
+            self._move_upper(*seen, hold=self._counts["steps"] < self.warmup_steps)
+        return seen[0].upper_loss
+
+    def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
+        """One update of v and of the multiplier; returns f. See ``step``."""
+        with self._undone_on_error(upper_closure, lower_closure) as evaluate:
+            seen = evaluate()
+            self._move_lower(*seen)
+        return seen[0].upper_loss
+
+    def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
+        """One update of u from a fresh evaluation; returns f. See ``step``."""
+        with self._undone_on_error(upper_closure, lower_closure) as evaluate:
+            seen = evaluate()
+            self._adjoint = self._merged(seen[0].adjoint)
+            self._move_upper(*seen)
+        # Schedulers warn unless they saw step() being called; in half-steps this stands for it.
+        self._opt_called = True
+        return seen[0].upper_loss
+
+    @property
+    def adjoint(self) -> Tensors:
+        """Q = nu + gamma r, shaped like the lower parameters; at a solution -H^{-1} grad_v f."""
+        return self._adjoint
+
+    def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
+        rule, moving = self.penalty.rule, self._moving_lower()
+        dual = self._dual.only(moving)
+        direction, advanced = rule.lower_update(dual, evaluation, norms)
+        for parameter, gradient in zip(self._point().lower, direction, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        self.lower.step()
+        self._dual = self._dual.merged(advanced, moving)
+        self._adjoint = self._merged(rule.adjoint(advanced, evaluation.residual))
+
+    def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
+        for parameter, gradient in zip(self._point().upper, evaluation.upper_grad, strict=True):
+            parameter.grad = gradient
+        if not hold:
+            levels.step_touched_rows(self.upper)
+        moving = self._moving_lower()
+        advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
+        self._dual = self._dual.merged(advanced, moving)
+        self._counts["steps"] += 1
+
+    # One evaluation.
+
+    @contextlib.contextmanager
+    def _undone_on_error(
+        self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
+    ) -> Generator[Evaluate]:
+        """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
+        closures.check_callables(upper_closure, lower_closure)
+        before = self._dual, self._adjoint, self.metrics, dict(self._counts)
+        devices = [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
+        try:
+            with all_or_nothing(rules, devices) as guard:
+                if isinstance(self.curvature, VectorJacobian):
+                    losses = closures.pure(upper_closure, lower_closure, self.upper, self.lower)
+                else:
+                    losses = closures.live(upper_closure, lower_closure, guard)
+                yield lambda: self._evaluate(losses)
+        except BaseException:
+            self._dual, self._adjoint, self.metrics, self._counts = before
+            raise
+
+    def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
+        at, names = self._point(), self._moving_upper_names()
+        if not self._seen["dependence"]:
+            check_dependence(losses, at, names, self.allow_unused)
+            self._seen["dependence"] = True
+        if isinstance(self.curvature, VectorJacobian):  # no outer graph around torch.func's
+            at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
+        dual = self._dual.only(self._moving_lower())
+        evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
+        norms = measure(evaluation, names, self._counts["steps"] + 1)
+        unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
+        if unused and not self.allow_unused:
+            raise_unused(unused)
+        if not self._seen["zero"]:
+            self._seen["zero"] = warn_if_zero(norms)
+        self._counts["gradient_evaluations"] += self.curvature.cost + (evaluation.probe is not None)
+        self.metrics = Metrics(
+            upper_loss=evaluation.upper_loss,
+            lower_loss=evaluation.lower_loss,
+            residual_norm=norms.residual,
+            adjoint_residual_norm=norms.adjoint_residual,
+            upper_grad_norm=norms.upper_grad,
+            penalty_weight=dual.scalars["weight"],
+            damping=dual.scalars["damping"],
+            gradient_evaluations=self._counts["gradient_evaluations"],
+        )
+        return evaluation, norms
+
+    def _point(self) -> Pair:
+        """The parameters that move, as they are now."""
+        upper = [p for p in levels.parameters(self.upper) if p.requires_grad]
+        lower = [p for p in levels.parameters(self.lower) if p.requires_grad]
+        return Pair(tuple(upper), tuple(lower))
+
+    def _moving_lower(self) -> list[bool]:
+        return [p.requires_grad for p in levels.parameters(self.lower)]
+
+    def _moving_upper_names(self) -> list[str]:
+        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
+        return [name for name, p in named if p.requires_grad]
+
+    def _merged(self, adjoint: Tensors) -> Tensors:
+        """``adjoint`` of the moving lower parameters, with the multiplier for the others."""
+        fresh = iter(adjoint)
+        pairs = zip(self._dual.multiplier, self._moving_lower(), strict=True)
+        return tuple(next(fresh) if moves else held for held, moves in pairs)
+
+    # What TwoLevelOptimizer asks of its subclasses.
+
+    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
+        if level == "lower":
+            self._dual = self._dual.extended(parameters)
+            self._adjoint = (*self._adjoint, *zeros_for(parameters))
+        self._seen["dependence"] = False
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "multiplier": list(self._dual.multiplier),
+            "probe": list(self._dual.probe),
+            "adjoint": list(self._adjoint),
+            "scalars": dict(self._dual.scalars),
+            "count": self._dual.count,
+            **self._counts,
+            "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
+        }
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        saved = [tuple(t.shape) for t in own["multiplier"]]
+        here = [tuple(t.shape) for t in self._dual.multiplier]
+        if saved != here:
+            raise ValueError(f"the checkpoint's multiplier has shapes {saved}, expected {here}")
+        if own["scalars"].keys() != self._dual.scalars.keys():
+            raise ValueError(
+                f"the checkpoint holds {sorted(own['scalars'])}, this rule needs "
+                f"{sorted(self._dual.scalars)}; construct with the rule that made it"
+            )
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        def placed(tensors: list[Tensor], like: Sequence[Tensor]) -> Tensors:
+            pairs = zip(tensors, like, strict=True)
+            return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
+
+        here = self._dual
+        scalars = {k: own["scalars"][k].clone().to(v.device) for k, v in here.scalars.items()}
+        self._dual = DualState(
+            placed(own["multiplier"], here.multiplier),
+            placed(own["probe"], here.probe),
+            scalars,
+            own["count"],
+        )
+        self._adjoint = placed(own["adjoint"], here.multiplier)
+        self._counts = {name: own[name] for name in self._counts}
+        if own["switched"] and isinstance(self.curvature, Automatic):
+            self.curvature.switch()

@@ -1,0 +1,126 @@
+"""Vector algebra on tuples of tensors.
+
+A point or direction of one level is a tuple with one tensor per parameter. Nothing is
+flattened, so every tensor keeps its dtype, its device and its layout; scalars stay 0-d tensors,
+so nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+OptionalTensors: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Pair(NamedTuple):
+    """A point or a vector of the joint space: one tuple for each level."""
+
+    upper: Tensors
+    lower: Tensors
+
+
+class OptionalPair(NamedTuple):
+    """A gradient of both levels; None marks a parameter that the loss does not depend on."""
+
+    upper: OptionalTensors
+    lower: OptionalTensors
+
+
+def accumulation_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype for reductions and multipliers: at least float32, whatever the parameters are."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def zeros_for(parameters: Sequence[Tensor]) -> Tensors:
+    """Zeros shaped and placed like ``parameters``, in at least float32."""
+    return tuple(
+        torch.zeros_like(
+            p,
+            dtype=torch.promote_types(p.dtype, torch.float32),
+            requires_grad=False,
+            memory_format=torch.preserve_format,
+        )
+        for p in parameters
+    )
+
+
+def clones(tensors: Sequence[Tensor]) -> Tensors:
+    """Detached copies."""
+    return tuple(t.detach().clone() for t in tensors)
+
+
+def filled(gradients: OptionalTensors, parameters: Tensors) -> Tensors:
+    """``gradients`` with a zero tensor in the place of each None."""
+    return tuple(
+        torch.zeros_like(p, requires_grad=False) if g is None else g
+        for g, p in zip(gradients, parameters, strict=True)
+    )
+
+
+def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
+    """``left + right``, tensor by tensor; either may hold sparse tensors."""
+    if any(t.layout != torch.strided for t in (*left, *right)):
+        return tuple(sum_of(a, b) for a, b in zip(left, right, strict=True))
+    return tuple(torch._foreach_add(tuple(left), tuple(right))) if left else ()
+
+
+def sum_of(left: Tensor, right: Tensor) -> Tensor:
+    """``left + right``; either may be sparse."""
+    if left.layout != torch.strided and right.layout == torch.strided:
+        return right + left  # torch adds sparse to dense only in this order
+    return left + right
+
+
+def scale(tensors: Sequence[Tensor], factor: Tensor | float) -> Tensors:
+    """``factor * tensors``; a 0-d tensor factor is moved to each tensor's device."""
+    if not tensors:
+        return ()
+    if isinstance(factor, Tensor) and any(t.device != factor.device for t in tensors):
+        return tuple(t * factor.to(t.device) for t in tensors)
+    return tuple(torch._foreach_mul(tuple(tensors), factor))
+
+
+def axpy(factor: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensors:
+    """``factor * x + y``."""
+    return add(scale(x, factor), y)
+
+
+def cast_like(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensors:
+    """``tensors`` in the dtype of ``targets`` (products want cotangents of the output's dtype)."""
+    return tuple(t.to(s.dtype) for t, s in zip(tensors, targets, strict=True))
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensors:
+    """Euclidean norm of each tensor, 0-d, accumulated in at least float32."""
+    dtype = accumulation_dtype(tensors)
+    dense = tuple(t if t.layout == torch.strided else t.coalesce().values() for t in tensors)
+    return tuple(torch._foreach_norm(dense, 2, dtype=dtype)) if dense else ()
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of the whole tuple, ||t||_2 (not squared), 0-d."""
+    if not tensors:
+        return torch.zeros(())
+    parts = norms(tensors)
+    return torch.linalg.vector_norm(torch.stack([p.to(parts[0].device) for p in parts]))
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner product <left, right> of the whole tuples, 0-d, in at least float32."""
+    if not left:
+        return torch.zeros(())
+    dtype = accumulation_dtype((*left, *right))
+    home = left[0].device
+    parts = [
+        torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)).to(home)
+        for a, b in zip(left, right, strict=True)
+    ]
+    return torch.stack(parts).sum()

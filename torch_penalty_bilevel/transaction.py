@@ -1,0 +1,68 @@
+"""All or nothing: a step that fails leaves everything as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .buffers import BufferGuard
+from .randomness import RandomState
+
+
+@contextlib.contextmanager
+def all_or_nothing(
+    rules: Sequence[Optimizer], devices: Sequence[torch.device]
+) -> Generator[BufferGuard]:
+    """Undo on any exception what the block did to random generators, buffers and ``rules``.
+
+    Args:
+        rules: optimizers that may step before the block's last evaluation; their parameters,
+            gradients and state are copied first. Empty where every evaluation comes
+            before every update: then there is nothing to copy.
+        devices: devices whose random generators the closures may use.
+    """
+    random = RandomState(devices)
+    copies = [_Copy(rule) for rule in rules]
+    guard = BufferGuard()
+    try:
+        yield guard
+    except BaseException:
+        for copy in copies:
+            copy.restore()
+        random.restore()
+        raise
+    guard.commit()
+
+
+class _Copy:
+    """One rule's parameters, gradients, group options and state, by value."""
+
+    def __init__(self, rule: Optimizer) -> None:
+        self._rule = rule
+        self._groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in rule.param_groups
+        ]
+        parameters = [p for group in rule.param_groups for p in group["params"]]
+        self._values = [(p, p.detach().clone(), p.grad) for p in parameters]
+        self._state = {p: _copied(rule.state[p]) for p in parameters if p in rule.state}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value, grad in self._values:
+            parameter.copy_(value)
+            parameter.grad = grad
+            if parameter in self._state:
+                self._rule.state[parameter] = self._state[parameter]
+            else:
+                self._rule.state.pop(parameter, None)
+        for group, options in zip(self._rule.param_groups, self._groups, strict=True):
+            group.update(options)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
