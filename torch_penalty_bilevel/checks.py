@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from . import graph
+from .curvature.double_backward import explained
 from .errors import BilevelWarning, UnusedParameterError
 from .evaluation import Norms
 from .penalties import Losses
-from .tensors import Pair
+from .tensors import OptionalTensors, Pair
 
 
 def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool) -> None:
@@ -27,7 +29,11 @@ def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unuse
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
     lower_loss = losses.lower(*at)
-    slopes = torch.autograd.grad(lower_loss, at.lower, create_graph=True, allow_unused=True)
+    with explained():
+        slopes = cast(
+            OptionalTensors,
+            torch.autograd.grad(lower_loss, at.lower, create_graph=True, allow_unused=True),
+        )
     residual = [r for r in slopes if r is not None]
     if not residual:
         raise ValueError(

@@ -15,9 +15,9 @@ from . import levels
 class TwoLevelOptimizer(Optimizer):
     """An upper and a lower rule with one list of groups, one state and one checkpoint.
 
-    The rules share their group dicts and their ``state`` with this object, so a scheduler, a
-    checkpoint or a hook may address either. Both views are computed when asked for: a copied
-    list would silently fork as soon as a rule reloads its own state.
+    ``param_groups`` and ``state`` are views of what the rules hold, computed when asked for, so a
+    scheduler, a checkpoint or a hook may address either: a copied list would silently fork as
+    soon as a rule reloads its own state.
 
     Subclasses name their instance attributes in ``_fields`` (what pickle keeps) and call ``_join``.
     """
@@ -56,11 +56,8 @@ class TwoLevelOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The state of all parameters, one mapping for both rules."""
-        if self.upper.state is not self.lower.state:
-            self.lower.state.update(self.upper.state)
-            self.upper.state = self.lower.state
-        return self.lower.state
+        """The state of all parameters: a new mapping onto the rules' own entries."""
+        return defaultdict(dict, {**self.upper.state, **self.lower.state})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the level named by its ``"level"`` entry.
@@ -68,7 +65,7 @@ class TwoLevelOptimizer(Optimizer):
         Raises:
             ValueError: no level, an unknown one, or a parameter that some group already holds.
         """
-        level = param_group.get("level") if isinstance(param_group, dict) else None
+        level = param_group.get("level")
         if level not in ("upper", "lower"):
             raise ValueError(f'a parameter group needs "level": "upper" or "lower", got {level!r}')
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -124,7 +121,6 @@ class TwoLevelOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Not the rest of __dict__: schedulers wrap ``step`` on the instance, and hooks, as torch
         # has it, are not pickled.
-        self.state  # noqa: B018  join the rules' states first
         return {name: self.__dict__[name] for name in self._fields}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,4 +129,6 @@ class TwoLevelOptimizer(Optimizer):
         if "param_groups" in state:  # from load_state_dict, which builds new groups and state
             for level, rule in self._rules().items():
                 groups = [g for g in state["param_groups"] if g["level"] == level]
-                rule.__setstate__({"param_groups": groups, "state": state["state"]})
+                held = [p for g in groups for p in g["params"] if p in state["state"]]
+                moments = {p: state["state"][p] for p in held}
+                rule.__setstate__({"param_groups": groups, "state": defaultdict(dict, moments)})

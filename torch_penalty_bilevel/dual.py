@@ -21,7 +21,7 @@ class DualState(NamedTuple):
     """A power-iteration vector, shaped like the lower parameters; empty where none is kept."""
     scalars: dict[str, Tensor]
     """Always ``weight`` (gamma, multiplies ||r||^2 / 2) and ``damping`` (lambda, multiplies g)."""
-    count: int
+    steps: int
     """Lower steps so far."""
 
     def only(self, moving: Sequence[bool]) -> DualState:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .curvature import Linearised, VectorJacobian
 from .errors import BilevelWarning, NonFiniteError
 from .linear_solve import conjugate_gradient
-from .tensors import Pair, Tensors
+from .tensors import OptionalPair, Pair, Tensors, filled
 
 Tree: TypeAlias = Any
 """Any pytree of tensors."""
@@ -98,11 +98,8 @@ def penalty_gradient(
     adjoint = tuple(weight * r for r in residual)
     if multiplier is not None:
         adjoint = tuple(m + q for m, q in zip(flat.lower_leaves(multiplier), adjoint, strict=True))
-    indirect = linearised.product(adjoint)
-    upper_grad = tuple(a + b for a, b in zip(direct.upper, indirect.upper, strict=True))
-    lower_grad = tuple(
-        a + b + damping * r for a, b, r in zip(direct.lower, indirect.lower, residual, strict=True)
-    )
+    upper_grad, lower_slope = _sum(direct, linearised.product(adjoint), flat.at)
+    lower_grad = tuple(a + damping * r for a, r in zip(lower_slope, residual, strict=True))
     return PenaltyGradient(
         flat.as_upper(upper_grad),
         flat.as_lower(lower_grad),
@@ -165,21 +162,22 @@ def hypergradient(
     engine = VectorJacobian()
     f, direct = engine.gradient(flat.upper_loss, at)
     linearised = engine.linearise(flat.lower_loss, at)
-    _require_finite(f, linearised, (*direct.upper, *direct.lower))
+    slope = filled(direct.lower, at.lower)
+    _require_finite(f, linearised, (*filled(direct.upper, at.upper), *slope))
 
     def damped(q: Tensors) -> Tensors:
-        return tuple(h + damping * t for h, t in zip(linearised.product(q).lower, q, strict=True))
+        product = filled(linearised.product(q).lower, at.lower)
+        return tuple(h + damping * t for h, t in zip(product, q, strict=True))
 
     solution = conjugate_gradient(
         damped,
-        tuple(-s for s in direct.lower),
+        tuple(-s for s in slope),
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
     if not solution.converged:
         warnings.warn(f"hypergradient: {solution.message}", BilevelWarning, stacklevel=2)
-    indirect = linearised.product(solution.value).upper
-    total = tuple(a + b for a, b in zip(direct.upper, indirect, strict=True))
+    total = _sum(direct, linearised.product(solution.value), at).upper
     info = HypergradientInfo(
         solution.iterations,
         solution.residual_norm,
@@ -188,6 +186,13 @@ def hypergradient(
         flat.as_lower(solution.value),
     )
     return flat.as_upper(total), info
+
+
+def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
+    # Plain additions: torch.func.vmap has no batching rules for the foreach kernels.
+    upper = zip(filled(left.upper, at.upper), filled(right.upper, at.upper), strict=True)
+    lower = zip(filled(left.lower, at.lower), filled(right.lower, at.lower), strict=True)
+    return Pair(tuple(a + b for a, b in upper), tuple(a + b for a, b in lower))
 
 
 class _Flat:

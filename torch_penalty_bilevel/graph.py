@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import CheckpointFunction
 
 # Operations whose double backward runs and returns wrong numbers. torch.nn.utils'
 # weight_norm: the saved norm is treated as a constant, so the Hessian with respect to the
@@ -43,6 +44,17 @@ def silently_wrong(output: Tensor) -> str | None:
         if isinstance(node, BackwardCFunction) and _once_differentiable(node):
             return f"{_function_name(node)} (marked once_differentiable)"
     return None
+
+
+def has_reentrant_checkpoint(output: Tensor) -> bool:
+    """Is there a ``checkpoint(use_reentrant=True)`` behind ``output``?
+
+    Parameters used inside it are invisible: ``autograd.grad`` silently leaves them out.
+    """
+    return any(
+        isinstance(node, BackwardCFunction) and node._forward_cls is CheckpointFunction
+        for node in nodes(output)
+    )
 
 
 def custom_function(output: Tensor) -> str | None:

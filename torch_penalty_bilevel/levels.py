@@ -15,7 +15,7 @@ Parameters: TypeAlias = (
 )
 
 
-def build(argument: Parameters, level: Level, lr: float | None, default_lr: float) -> Optimizer:
+def build(argument: Parameters, level: Level, lr: Any, default_lr: float) -> Optimizer:
     """The level's rule: the optimizer given, or ``torch.optim.Adam`` over what was given.
 
     Raises:
@@ -70,8 +70,6 @@ def are_named(optimizer: Optimizer) -> bool:
 
 def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
     """Raise if one tensor sits in both levels."""
-    if upper is lower:
-        raise ValueError("upper and lower are the same optimizer; each level needs its own")
     below = {id(p) for p in parameters(lower)}
     for name, parameter in zip(names(upper, "upper"), parameters(upper), strict=True):
         if id(parameter) in below:
@@ -100,7 +98,7 @@ def _as_list(argument: Any, level: Level) -> list[Any]:
     return listed
 
 
-def _checked_lr(lr: float | None, level: Level, default: float) -> float:
+def _checked_lr(lr: Any, level: Level, default: float) -> float:
     if lr is None:
         return default
     if not isinstance(lr, (int, float)) or not 0 <= lr < float("inf"):

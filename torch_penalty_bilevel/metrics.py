@@ -30,7 +30,8 @@ class Metrics:
     damping: Tensor
     """lambda, multiplies g in the lower level."""
     gradient_evaluations: int
-    """Since construction: gradients of f and of g plus second-order products."""
+    """Since construction: gradients of f and of g, and second-order products, each as one (two for
+    a central difference)."""
 
     @classmethod
     def unknown(cls) -> Metrics:

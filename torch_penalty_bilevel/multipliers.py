@@ -76,11 +76,11 @@ class LeastSquares:
         return state.multiplier
 
     def probes(self, state: DualState) -> bool:
-        return state.count < self._FIRST_PROBES or state.count % self._PROBE_EVERY == 0
+        return state.steps < self._FIRST_PROBES or state.steps % self._PROBE_EVERY == 0
 
     def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
-        if state.count == 0:
+        if state.steps == 0:
             return _unit(axpy(1.0, _unit(residual), _unit(slope)))
         return _unit(state.probe)
 
@@ -103,7 +103,7 @@ class LeastSquares:
         )
         step = _ratio(torch.ones_like(scalars["curvature"]), scalars["curvature"])
         multiplier = axpy(-step, evaluation.adjoint_residual, state.multiplier)
-        return direction, DualState(multiplier, probe, scalars, state.count + 1)
+        return direction, DualState(multiplier, probe, scalars, state.steps + 1)
 
     def _averaged(
         self, old: dict[str, Tensor], evaluation: Evaluation, norms: Norms
@@ -203,7 +203,7 @@ class EpsilonTest:
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, DualState]:
-        return self._lower_direction(state, evaluation), state._replace(count=state.count + 1)
+        return self._lower_direction(state, evaluation), state._replace(steps=state.steps + 1)
 
     def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
         old = state.scalars

@@ -122,6 +122,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         _check_count("warmup_steps", warmup_steps, at_least=0)
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
+        if upper is lower and isinstance(upper, Optimizer):
+            raise ValueError("upper and lower are the same optimizer; each level needs its own")
         upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
         lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3)
         levels.check_disjoint(upper_rule, lower_rule)
@@ -168,31 +170,32 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         with self._undone_on_error(
             upper_closure, lower_closure, rules=[] if one_evaluation else [self.lower]
         ) as evaluate:
-            for _ in range(self.lower_steps):
-                seen = evaluate()
-                self._move_lower(*seen)
+            for _ in range(self.lower_steps - 1):
+                self._move_lower(*evaluate())
+            evaluation, norms = evaluate()
+            self._move_lower(evaluation, norms)
             if not shared:
-                seen = evaluate()
-                self._adjoint = self._merged(seen[0].adjoint)
-            self._move_upper(*seen, hold=self._counts["steps"] < self.warmup_steps)
-        return seen[0].upper_loss
+                evaluation, norms = evaluate()
+                self._adjoint = self._merged(evaluation.adjoint)
+            self._move_upper(evaluation, norms, hold=self._counts["steps"] < self.warmup_steps)
+        return evaluation.upper_loss
 
     def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of v and of the multiplier; returns f. See ``step``."""
         with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            seen = evaluate()
-            self._move_lower(*seen)
-        return seen[0].upper_loss
+            evaluation, norms = evaluate()
+            self._move_lower(evaluation, norms)
+        return evaluation.upper_loss
 
     def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of u from a fresh evaluation; returns f. See ``step``."""
         with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            seen = evaluate()
-            self._adjoint = self._merged(seen[0].adjoint)
-            self._move_upper(*seen)
+            evaluation, norms = evaluate()
+            self._adjoint = self._merged(evaluation.adjoint)
+            self._move_upper(evaluation, norms)
         # Schedulers warn unless they saw step() being called; in half-steps this stands for it.
         self._opt_called = True
-        return seen[0].upper_loss
+        return evaluation.upper_loss
 
     @property
     def adjoint(self) -> Tensors:
@@ -255,7 +258,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             raise_unused(unused)
         if not self._seen["zero"]:
             self._seen["zero"] = warn_if_zero(norms)
-        self._counts["gradient_evaluations"] += self.curvature.cost + (evaluation.probe is not None)
+        products = 1 + (evaluation.probe is not None)
+        self._counts["gradient_evaluations"] += 2 + self.curvature.product_cost * products
         self.metrics = Metrics(
             upper_loss=evaluation.upper_loss,
             lower_loss=evaluation.lower_loss,
@@ -302,7 +306,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             "probe": list(self._dual.probe),
             "adjoint": list(self._adjoint),
             "scalars": dict(self._dual.scalars),
-            "count": self._dual.count,
+            "lower_steps": self._dual.steps,
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
@@ -329,7 +333,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             placed(own["multiplier"], here.multiplier),
             placed(own["probe"], here.probe),
             scalars,
-            own["count"],
+            own["lower_steps"],
         )
         self._adjoint = placed(own["adjoint"], here.multiplier)
         self._counts = {name: own[name] for name in self._counts}

@@ -35,8 +35,8 @@ class Automatic:
         return isinstance(self.current, FiniteDifference)
 
     @property
-    def cost(self) -> int:
-        return self.current.cost
+    def product_cost(self) -> int:
+        return self.current.product_cost
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         return self.current.gradient(loss, at)

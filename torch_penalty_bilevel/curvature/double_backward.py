@@ -26,7 +26,6 @@ _REFUSALS = (
     r"(?P<op>torch\.compile) with aot_autograd does not currently support double backward",
     r"This backward function was (?P<op>compiled) with non-empty donated buffers",
     r"differentiate twice a function that was marked with @(?P<op>once_differentiable)",
-    r"When (?P<op>use_reentrant=True), torch\.utils\.checkpoint is incompatible",
     r"trying to backward through (?P<op>\w+) .*does not support double backward",
 )
 
@@ -50,9 +49,28 @@ def explained() -> Generator[None]:
         raise
 
 
+def refuse_reentrant_checkpoint(value: Tensor) -> None:
+    """Raise if parts of the graph can only be reached by ``backward()``."""
+    if graph.has_reentrant_checkpoint(value):
+        raise DoubleBackwardError(
+            "torch.utils.checkpoint with use_reentrant=True hides the parameters used inside it "
+            "from autograd.grad, so their gradients would silently be missing; use "
+            "checkpoint(..., use_reentrant=False)"
+        )
+
+
+def refuse_silently_wrong(value: Tensor) -> None:
+    """Raise if an operation behind ``value`` has a wrong second derivative and no error."""
+    if culprit := graph.silently_wrong(value):
+        raise DoubleBackwardError(
+            f"autograd's second derivative of {culprit} is silently wrong. {_REMEDY}"
+        )
+
+
 def first_order(loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
     """Value and gradient of ``loss`` for both levels by one ordinary backward pass."""
     value = loss(at.upper, at.lower)
+    refuse_reentrant_checkpoint(value)
     with explained():
         gradients = torch.autograd.grad(value, (*at.upper, *at.lower), allow_unused=True)
     n = len(at.upper)
@@ -74,7 +92,7 @@ class DoubleBackward:
     """
 
     name = "double_backward"
-    cost = 3
+    product_cost = 1
 
     def __init__(self) -> None:
         self._inspected = False
@@ -112,8 +130,6 @@ class DoubleBackward:
         """Refuse, once, a graph whose second derivative is known to be wrong."""
         if self._inspected:
             return
-        if culprit := graph.silently_wrong(value):
-            raise DoubleBackwardError(
-                f"autograd's second derivative of {culprit} is silently wrong. {_REMEDY}"
-            )
+        refuse_reentrant_checkpoint(value)
+        refuse_silently_wrong(value)
         self._inspected = True

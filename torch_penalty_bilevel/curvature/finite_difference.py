@@ -33,9 +33,9 @@ class FiniteDifference:
               \qquad \delta = h \lVert v \rVert_2 / \lVert q \rVert_2
 
     Forward: 2 plain gradients of g with r included, central: 3; activations as in plain training.
-    Works with flash attention, compiled modules, cuDNN RNNs and reentrant checkpointing. Both
-    evaluations see the same random numbers and the same buffers, and v is restored
-    by copy, so it is bit-equal afterwards.
+    Works with flash attention, compiled modules, cuDNN RNNs and (non-reentrant) checkpointing.
+    Both evaluations see the same random numbers and the same buffers, and v is restored by copy,
+    so it is bit-equal afterwards.
 
     It is not autograd's Hessian where g has kinks: a ReLU network's gradient changes across
     a kink by a finite amount that the almost-everywhere Hessian omits.
@@ -60,7 +60,7 @@ class FiniteDifference:
             )
         self.relative_step = relative_step
         self.central = central
-        self.cost = 4 if central else 3
+        self.product_cost = 2 if central else 1
         self._closure_repeats = False
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
@@ -73,7 +73,7 @@ class FiniteDifference:
         if not self._closure_repeats:
             self._check_repeats(loss, at, value, random)
         step, central = self._step_for(at.lower)
-        radius = step * _positive_or_one(norm(at.lower))
+        radius = step * _positive_or_one(norm([v.detach() for v in at.lower]))
 
         def product(direction: Tensors) -> OptionalPair:
             length = norm(direction)
@@ -98,7 +98,7 @@ class FiniteDifference:
         # The coarsest parameter sets the step: a finer one would be rounded away there.
         dtype = max((v.dtype for v in lower), key=lambda d: torch.finfo(d).eps)
         central = self.central if self.central is not None else dtype != torch.float32
-        self.cost = 4 if central else 3
+        self.product_cost = 2 if central else 1
         return self.relative_step or _RELATIVE_STEP[dtype][central], central
 
     def _check_repeats(self, loss: Loss, at: Pair, value: Tensor, random: RandomState) -> None:

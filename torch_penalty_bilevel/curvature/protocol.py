@@ -28,8 +28,11 @@ class Curvature(Protocol):
     """One way to get first derivatives of a loss and second-order products of the lower one."""
 
     name: str
-    cost: int
-    """Gradient evaluations of one ``gradient`` + one ``linearise`` + one product."""
+
+    @property
+    def product_cost(self) -> int:
+        """Gradient evaluations per product; ``gradient`` and ``linearise`` cost one each."""
+        ...
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         """The detached value of ``loss`` and its gradient for both levels."""

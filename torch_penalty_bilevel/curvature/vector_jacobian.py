@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..tensors import OptionalPair, Pair, Tensors
+from .double_backward import explained, refuse_silently_wrong
 from .protocol import Linearised, Loss
 
 
@@ -14,10 +18,14 @@ class VectorJacobian:
 
     For losses that are functions of their arguments; composes with ``torch.func.vmap`` and
     ``torch.compile``. The pullback may be called any number of times.
+
+    Raises:
+        DoubleBackwardError: an operation cannot be differentiated twice. Inside ``torch.compile``
+            graphs are not looked through and torch's own error comes instead.
     """
 
     name = "functional"
-    cost = 3
+    product_cost = 1
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         (upper, lower), value = torch.func.grad_and_value(loss, argnums=(0, 1))(*at)
@@ -27,7 +35,31 @@ class VectorJacobian:
         del reusable  # the pullback keeps its graph
 
         def residual_of(upper: Tensors, lower: Tensors) -> tuple[Tensors, Tensor]:
-            return torch.func.grad_and_value(loss, argnums=1)(upper, lower)
+            return torch.func.grad_and_value(_inspected(loss), argnums=1)(upper, lower)
 
-        residual, pullback, value = torch.func.vjp(residual_of, *at, has_aux=True)
-        return Linearised(value, residual, lambda q: OptionalPair(*pullback(q)))
+        pulled: Any
+        with _explained():
+            pulled = torch.func.vjp(residual_of, *at, has_aux=True)
+        residual, pullback, value = pulled
+
+        def product(direction: Tensors) -> OptionalPair:
+            with _explained():
+                return OptionalPair(*pullback(direction))
+
+        return Linearised(value, residual, product)
+
+
+def _explained() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else explained()
+
+
+def _inspected(loss: Loss) -> Loss:
+    if torch.compiler.is_compiling():
+        return loss
+
+    def checked(upper: Tensors, lower: Tensors) -> Tensor:
+        value = loss(upper, lower)
+        refuse_silently_wrong(value)
+        return value
+
+    return checked

@@ -1,0 +1,94 @@
+"""A slow, plain twin of the whole step, written from the equations with dense Hessians.
+
+One upper tensor u, one lower tensor v, losses as functions f(u, v) and g(u, v). Nothing here is
+shared with the package: derivatives come from torch.func.hessian and jacrev, Adam from its paper.
+"""
+
+import math
+
+import torch
+from torch.func import grad, hessian, jacrev
+
+
+class Adam:
+    def __init__(self, lr, betas=(0.9, 0.999), eps=1e-8):
+        self.lr, self.betas, self.eps, self.t, self.m, self.s = lr, betas, eps, 0, 0.0, 0.0
+
+    def __call__(self, x, d):
+        b1, b2 = self.betas
+        self.t += 1
+        self.m = b1 * self.m + (1 - b1) * d
+        self.s = b2 * self.s + (1 - b2) * d * d
+        return x - self.lr * (self.m / (1 - b1**self.t)) / (
+            (self.s / (1 - b2**self.t)).sqrt() + self.eps
+        )
+
+
+def derivatives(f, g, u, v):
+    """f, g, f_u, f_v, r, H, J at one point."""
+    r = grad(g, 1)(u, v)
+    H = hessian(g, 1)(u, v)
+    J = jacrev(grad(g, 1), 0)(u, v).T  # n_u x n_v
+    return f(u, v), g(u, v), grad(f, 0)(u, v), grad(f, 1)(u, v), r, H, J
+
+
+def exact_hypergradient(f, g, u, v):
+    """f_u - J H^-1 f_v at (u, v), and the adjoint."""
+    _, _, f_u, f_v, _, H, J = derivatives(f, g, u, v)
+    q = -torch.linalg.solve(H, f_v)
+    return f_u + J @ q, q
+
+
+class LeastSquaresTwin:
+    def __init__(self, f, g, u, v, lr, lower_steps=1, damping=1.0, share=0.3):
+        self.f, self.g, self.u, self.v = f, g, u.clone(), v.clone()
+        self.upper, self.lower = Adam(lr), Adam(lr)
+        self.T, self.damping, self.share = lower_steps, damping, share
+        self.nu, self.k, self.L, self.p = torch.zeros_like(v), 0, 0.0, None
+        self.R = self.A = self.S = 0.0
+
+    def step(self):
+        for _ in range(self.T):
+            self.value, _, f_u, f_v, r, H, J = derivatives(self.f, self.g, self.u, self.v)
+            Hnu = H @ self.nu
+            a = f_v + Hnu
+            seen = float(Hnu.norm() / self.nu.norm()) if self.nu.norm() > 0 else 0.0
+            self.L = max(0.999 * self.L, seen)
+            if self.k < 10 or self.k % 20 == 0:
+                if self.k == 0:
+                    self.p = r / r.norm() + f_v / f_v.norm()
+                self.p = H @ (self.p / self.p.norm())
+                self.L = max(self.L, float(self.p.norm()))
+            self.R = 0.99 * self.R + 0.01 * float(r @ r)
+            self.A = 0.99 * self.A + 0.01 * float(a @ a)
+            self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
+            w = self.share * math.sqrt(self.R / (self.A + self.S))
+            self.v = self.lower(self.v, self.damping * r + w * a)
+            self.upper_grad = f_u + J @ self.nu  # at the point and with the nu of this evaluation
+            self.certificate, self.residual = a.norm(), r.norm()
+            self.nu = self.nu - a / self.L
+            self.k += 1
+        self.u = self.upper(self.u, self.upper_grad)
+
+
+class EpsilonTestTwin:
+    def __init__(self, f, g, u, v, lr, lower_steps=1, weight=1e-2, damping=1e-2, tolerance=1e-2):
+        self.f, self.g, self.u, self.v = f, g, u.clone(), v.clone()
+        self.upper, self.lower, self.T = Adam(lr), Adam(lr), lower_steps
+        self.weight, self.damping, self.tolerance = weight, damping, tolerance
+        self.nu, self.advances = torch.zeros_like(v), 0
+
+    def _gradients(self):
+        self.value, _, f_u, f_v, r, H, J = derivatives(self.f, self.g, self.u, self.v)
+        q = self.nu + self.weight * r
+        return r, f_u + J @ q, f_v + H @ q + self.damping * r
+
+    def step(self):
+        for _ in range(self.T):
+            self.v = self.lower(self.v, self._gradients()[2])
+        r, up, low = self._gradients()
+        self.u, self.upper_grad = self.upper(self.u, up), up
+        if up @ up + low @ low < self.tolerance**2:
+            self.nu = self.nu + self.weight * r
+            self.weight, self.damping = self.weight * 1.1, self.damping * 0.9
+            self.tolerance, self.advances = self.tolerance * 0.9, self.advances + 1
