@@ -1,7 +1,10 @@
-"""Float64 and a fixed seed for every test; a test that wants another dtype says so."""
+"""Float64, a fixed seed and one thread for every test; a test that wants another dtype says so."""
 
 import pytest
 import torch
+
+# The tensors are tiny: on a busy machine a thread pool costs up to twenty times what it gives.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

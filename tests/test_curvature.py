@@ -302,11 +302,11 @@ def difference_error(net: str, dtype: torch.dtype, **options: Any) -> float:
 @pytest.mark.parametrize("net", ["mlp_tanh", "mlp_gelu", "cnn_groupnorm", "transformer"])
 @pytest.mark.parametrize(
     ("dtype", "central", "worst"),
-    # worst: what the default step reaches; measured 2e-4 to 8e-4, 2e-5 to 1.2e-4, 5e-2 to 1.3e-1.
+    # worst: what the default step reaches; measured 2e-4 to 8e-4, 2e-5 to 1.2e-4, 4e-2 to 7e-2.
     [
         (torch.float32, False, 2e-3),
         (torch.float32, True, 4e-4),
-        (torch.bfloat16, True, 0.2),
+        (torch.bfloat16, True, 0.15),
     ],
 )
 def test_step_sits_at_the_bottom_of_the_error_curve(
@@ -330,7 +330,7 @@ def test_step_sits_at_the_bottom_of_the_error_curve(
 def test_default_scheme_by_dtype(dtype: torch.dtype, central: bool, step: float | None) -> None:
     """float32 takes the forward difference, 64 and 16 bits the central one."""
     calls: list[Tensor] = []
-    v = torch.full((4,), 2.0, dtype=dtype, requires_grad=True)
+    v = torch.full((4,), 3.0, dtype=dtype, requires_grad=True)
 
     def closure(*_: Any) -> Tensor:
         calls.append(v.detach().clone())
@@ -342,11 +342,11 @@ def test_default_scheme_by_dtype(dtype: torch.dtype, central: bool, step: float 
     linearised.product((torch.full((4,), 7.0, dtype=dtype),))
     assert len(calls) == (2 if central else 1)
     assert engine.product_cost == (2 if central else 1)
-    if step is not None:  # ||delta q|| = h ||v||, and v = 2 everywhere
-        shift = calls[0].double() - 2
-        assert_close(shift, torch.full((4,), 2 * step).double(), rtol=1e-2, atol=0)
+    if step is not None:  # ||delta q|| = h ||v||, and v = 3 everywhere
+        shift = calls[0].double() - 3
+        assert_close(shift, torch.full((4,), 3 * step).double(), rtol=1e-2, atol=0)
     if central:
-        assert_close(calls[0].double() - 2, 2 - calls[1].double(), rtol=1e-6, atol=0)
+        assert_close(calls[0].double() - 3, 3 - calls[1].double(), rtol=1e-6, atol=0)
 
 
 def test_coarsest_parameter_sets_the_step() -> None:
@@ -394,8 +394,8 @@ def test_dropout_masks_replay(engine: str) -> None:
     assert relative_error(product.upper, truth.upper) < TOL[engine]
 
 
-@pytest.mark.parametrize(("engine", "rtol"), [("forward", 3e-2), ("central", 3e-2)])
-def test_autocast_cache_does_not_go_stale(engine: str, rtol: float) -> None:
+@pytest.mark.parametrize("engine", ["forward", "central"])
+def test_autocast_cache_does_not_go_stale(engine: str) -> None:
     """Inside one autocast block torch caches the bfloat16 weights and misses the shift."""
     problem = net_problem("mlp_tanh", samples=32).cast(torch.float32)
     wide = problem.cast(torch.float64)
@@ -479,8 +479,8 @@ def test_auto_switches_with_one_warning(name: str) -> None:
     assert not engine.switched
     with pytest.warns(BilevelWarning, match="switched to finite differences") as record:
         product = products_of(engine, problem, problem.direction())
-        again = products_of(engine, problem, problem.direction())
     assert len(record) == 1
+    again = products_of(engine, problem, problem.direction())  # warnings are errors here
     assert engine.switched
     assert engine.product_cost == 2
     for result in (product, again):
@@ -609,7 +609,9 @@ def test_resolve_refuses() -> None:
 
 
 def test_no_engine_warns_when_all_is_well() -> None:
-    problem = Quadratic(*(getattr(Quadratic.random(), k) for k in "A C a F B K p s".split()))
+    problem = Quadratic(
+        *(getattr(Quadratic.random(), k) for k in ["A", "C", "a", "F", "B", "K", "p", "s"])
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, build in ENGINES.items():

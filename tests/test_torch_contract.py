@@ -268,6 +268,31 @@ def test_resume_is_bit_equal(at, penalty):
     )
 
 
+@pytest.mark.parametrize("curvature", ["auto", "finite_difference"])
+def test_resume_is_bit_equal_with_dropout(curvature):
+    """The one-time checks of a fresh optimizer must not draw from the generators."""
+
+    def build():
+        task = Task()
+        task.net.append(nn.Dropout(0.3))
+        task.optimizer = PenaltyBilevelOptimizer(
+            [task.weights], task.net.parameters(), curvature=curvature
+        )
+        return task
+
+    whole = build().run(3)
+    resumed = build()
+    resumed.net.load_state_dict(copy.deepcopy(whole.net.state_dict()))
+    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    with torch.no_grad():
+        resumed.weights.copy_(whole.weights)
+    ends = []
+    for task in (whole, resumed):
+        torch.manual_seed(7)
+        ends.append(task.run(3).point())
+    assert torch.equal(*ends)
+
+
 def test_loading_does_not_alias_the_checkpoint():
     source = Task().run(3)
     state = source.optimizer.state_dict()

@@ -11,7 +11,6 @@ import torch
 from . import graph
 from .curvature.double_backward import explained
 from .errors import BilevelWarning, UnusedParameterError
-from .evaluation import Norms
 from .penalties import Losses
 from .tensors import OptionalTensors, Pair
 
@@ -64,14 +63,11 @@ def raise_unused(names: Sequence[str]) -> None:
     )
 
 
-def warn_if_zero(measured: Norms) -> bool:
-    """Warn of a hypergradient that is exactly zero although the multiplier is not."""
-    if float(measured.upper_grad) != 0.0 or float(measured.adjoint) == 0.0:
-        return False
+def warn_of_zero() -> None:
+    """Say that the hypergradient is exactly zero although the multiplier is not."""
     warnings.warn(
         "the hypergradient is exactly zero: either u is at a stationary point, or the losses do "
         "not see it (a detach, an argmax, a rounding or a dead activation on the way?)",
         BilevelWarning,
         stacklevel=5,
     )
-    return True

@@ -46,6 +46,8 @@ class Norms(NamedTuple):
     product: Tensor
     adjoint_residual: Tensor
     upper_grad: Tensor
+    vanished: bool
+    """Is the hypergradient exactly zero although the adjoint estimate is not?"""
 
 
 def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
@@ -76,7 +78,8 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
     values = [*labelled.values(), *upper]
     # In float64 so that 16-bit losses and wide norms stack; f's device is where callers look.
     stacked = torch.stack([v.to(evaluation.upper_loss.device, torch.float64) for v in values])
-    for label, value in zip(labels, stacked.tolist(), strict=True):
+    numbers = stacked.tolist()
+    for label, value in zip(labels, numbers, strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"{label} is not finite in step {step}; nothing was changed. Lower the learning "
@@ -89,4 +92,5 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         product=labelled["second-order product H q"],
         adjoint_residual=labelled["adjoint residual grad_v f + H q"],
         upper_grad=torch.linalg.vector_norm(stacked[len(labelled) :]),
+        vanished=numbers[2] != 0.0 and not any(numbers[len(labelled) :]),
     )

@@ -116,7 +116,7 @@ def hypergradient(
     lower: V,
     *,
     method: str = "cg",
-    tolerance: float = 1e-10,
+    tolerance: float | None = None,
     max_iterations: int | None = None,
     damping: float = 0.0,
 ) -> tuple[U, HypergradientInfo]:
@@ -130,7 +130,8 @@ def hypergradient(
         upper: pytree u.
         lower: pytree v.
         method: ``"cg"``: conjugate gradients, for H + lambda I positive definite.
-        tolerance: bound on ||(H + lambda I) q + grad_v f||_2 / ||grad_v f||_2.
+        tolerance: bound on ||(H + lambda I) q + grad_v f||_2 / ||grad_v f||_2; None: 1e-10, or
+            100 times the precision of the lower level's dtype where that is larger.
         max_iterations: products at most; None: ten times the number of unknowns.
         damping: lambda >= 0 above; biases the result by O(lambda).
 
@@ -151,7 +152,7 @@ def hypergradient(
     """
     if method != "cg":
         raise ValueError(f"method must be one of ['cg'], got {method!r}")
-    if not tolerance > 0:
+    if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance}")
     if max_iterations is not None and max_iterations < 1:
         raise ValueError(f"max_iterations must be >= 1, got {max_iterations}")
@@ -172,7 +173,7 @@ def hypergradient(
     solution = conjugate_gradient(
         damped,
         tuple(-s for s in slope),
-        tolerance=tolerance,
+        tolerance=_reachable(slope) if tolerance is None else tolerance,
         max_iterations=max_iterations,
     )
     if not solution.converged:
@@ -219,7 +220,17 @@ class _Flat:
         leaves, spec = pytree.tree_flatten(tree)
         if spec != self._specs[1]:
             raise ValueError(f"multiplier has structure {spec}, lower has {self._specs[1]}")
+        for leaf, like in zip(leaves, self.at.lower, strict=True):
+            if leaf.shape != like.shape:
+                raise ValueError(
+                    f"a multiplier tensor has shape {tuple(leaf.shape)}, the lower one it belongs "
+                    f"to {tuple(like.shape)}"
+                )
         return leaves
+
+
+def _reachable(slope: Tensors) -> float:
+    return max(1e-10, *(100 * torch.finfo(s.dtype).eps for s in slope))
 
 
 def _require_finite(f: Tensor, linearised: Linearised, gradient: Tensors) -> None:

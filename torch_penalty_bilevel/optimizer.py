@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import closures, levels, penalties
 from . import curvature as engines
-from .checks import check_dependence, raise_unused, warn_if_zero
+from .checks import check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
 from .curvature import Automatic, Curvature, VectorJacobian
 from .dual import DualState
@@ -19,6 +19,7 @@ from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce
+from .randomness import RandomState
 from .tensors import Pair, Tensors, zeros_for
 from .transaction import all_or_nothing
 
@@ -150,7 +151,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         The last lower evaluation also serves the upper update where the rule allows it:
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
         step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published.
-        BatchNorm statistics move once per call.
+        BatchNorm statistics move once per call. The first call evaluates both losses once more,
+        to see what they depend on.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
@@ -246,7 +248,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
         at, names = self._point(), self._moving_upper_names()
         if not self._seen["dependence"]:
+            random = RandomState(p.device for p in (*at.upper, *at.lower))
             check_dependence(losses, at, names, self.allow_unused)
+            random.restore()  # so that a resumed run, which checks again, draws the same numbers
             self._seen["dependence"] = True
         if isinstance(self.curvature, VectorJacobian):  # no outer graph around torch.func's
             at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
@@ -256,8 +260,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
-        if not self._seen["zero"]:
-            self._seen["zero"] = warn_if_zero(norms)
+        if norms.vanished and not self._seen["zero"]:
+            self._seen["zero"] = True
+            warn_of_zero()
         products = 1 + (evaluation.probe is not None)
         self._counts["gradient_evaluations"] += 2 + self.curvature.product_cost * products
         self.metrics = Metrics(

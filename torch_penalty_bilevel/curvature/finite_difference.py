@@ -21,7 +21,7 @@ from .protocol import Linearised, Loss
 _RELATIVE_STEP = {
     torch.float64: (1e-7, 6e-6),
     torch.float32: (3e-4, 3e-3),
-    torch.bfloat16: (3e-2, 3e-2),
+    torch.bfloat16: (6e-2, 6e-2),
     torch.float16: (3e-2, 3e-2),
 }
 

@@ -1,0 +1,144 @@
+"""The public names, their signatures, and imports that point one way."""
+
+import ast
+import inspect
+import pathlib
+
+import pytest
+
+import torch_penalty_bilevel as tpb
+from torch_penalty_bilevel import functional
+
+PACKAGE = pathlib.Path(tpb.__file__).parent
+
+
+def test_public_names():
+    assert sorted(tpb.__all__) == [
+        "BilevelError",
+        "BilevelWarning",
+        "DoubleBackward",
+        "DoubleBackwardError",
+        "EpsilonTest",
+        "FiniteDifference",
+        "LeastSquares",
+        "Metrics",
+        "NonFiniteError",
+        "NondeterministicClosureError",
+        "PenaltyBilevelOptimizer",
+        "Stationarity",
+        "UnusedParameterError",
+        "functional",
+    ]
+    assert all(hasattr(tpb, name) for name in tpb.__all__)
+    assert (PACKAGE / "py.typed").exists()
+
+
+def parameters(function):
+    return {
+        name: (p.kind is p.KEYWORD_ONLY, p.default)
+        for name, p in inspect.signature(function).parameters.items()
+    }
+
+
+def test_optimizer_signature():
+    found = parameters(tpb.PenaltyBilevelOptimizer)
+    assert list(found)[:2] == ["upper", "lower"]
+    options = {k: default for k, (keyword, default) in found.items() if keyword}
+    assert options == {
+        "upper_lr": None,
+        "lower_lr": None,
+        "lower_steps": 1,
+        "warmup_steps": 0,
+        "penalty": "stationarity",
+        "curvature": "auto",
+        "reduce": None,
+        "allow_unused": False,
+    }
+    for half in ("step", "lower_step", "upper_step"):
+        signature = inspect.signature(getattr(tpb.PenaltyBilevelOptimizer, half))
+        assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
+
+
+def test_functional_signatures():
+    gradient = parameters(functional.penalty_gradient)
+    assert list(gradient)[:4] == ["upper_loss", "lower_loss", "upper", "lower"]
+    assert gradient["weight"] == (True, inspect.Parameter.empty)
+    assert gradient["multiplier"] == (True, None)
+    assert gradient["damping"] == (True, 0.0)
+    assert parameters(functional.hypergradient)["method"] == (True, "cg")
+    assert functional.PenaltyGradient._fields == (
+        "upper_grad",
+        "lower_grad",
+        "residual",
+        "upper_loss",
+        "lower_loss",
+    )
+
+
+# What each module may import from the package; the listing reads bottom-up.
+LAYERS = {
+    "errors": set(),
+    "tensors": set(),
+    "randomness": set(),
+    "buffers": set(),
+    "graph": set(),
+    "levels": set(),
+    "metrics": set(),
+    "composite": {"levels"},
+    "transaction": {"buffers", "randomness"},
+    "linear_solve": {"tensors"},
+    "evaluation": {"errors", "tensors"},
+    "dual": {"evaluation", "tensors"},
+    "multipliers": {"dual", "evaluation", "tensors"},
+    "curvature": {"errors", "graph", "randomness", "tensors"},
+    "penalties": {"curvature", "dual", "evaluation", "multipliers", "tensors"},
+    "closures": {"buffers", "curvature", "levels", "penalties", "tensors"},
+    "checks": {"curvature", "errors", "graph", "penalties", "tensors"},
+    "functional": {"curvature", "errors", "linear_solve", "tensors"},
+    "optimizer": {
+        "checks",
+        "closures",
+        "composite",
+        "curvature",
+        "dual",
+        "evaluation",
+        "levels",
+        "metrics",
+        "penalties",
+        "randomness",
+        "tensors",
+        "transaction",
+    },
+}
+
+
+def imported(path):
+    """First-level module names of the package that a file imports."""
+    found = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {name.split(".")[0] for name in names}
+    return found
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_point_one_way(path):
+    module = module_of(path)
+    if module == "__init__":
+        return
+    assert imported(path) <= LAYERS[module]
+    order = list(LAYERS)
+    assert all(order.index(below) < order.index(module) for below in LAYERS[module])
+
+
+def test_modules_stay_small():
+    lengths = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert max(lengths.values()) <= 350, lengths
