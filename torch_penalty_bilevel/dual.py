@@ -65,7 +65,7 @@ class MultiplierRule(Protocol):
         ...
 
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
-        """Q = nu + gamma r."""
+        """The adjoint estimate q = nu + gamma r."""
         ...
 
     def probes(self, state: DualState) -> bool:

@@ -201,7 +201,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     @property
     def adjoint(self) -> Tensors:
-        """Q = nu + gamma r, shaped like the lower parameters; at a solution -H^{-1} grad_v f."""
+        """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
         return self._adjoint
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
