@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-DECAY = 3e-3  # of the grid 3e-3, 1e-2, 3e-2 the best for each of the four baselines
-WARMUP = 100
+# Of the weight decays 3e-3, 1e-2 and 3e-2 the best for each baseline, on the seeds 100 to 115: it
+# matters most to "noisy + validation" (0.859, 0.898, 0.844).
+SMALL_DECAY, DECAY = 3e-3, 1e-2
+WARMUP = 100  # lower steps of torchopt's row before its first upper step
 
 
 class Problem(NamedTuple):
@@ -32,11 +35,13 @@ class Problem(NamedTuple):
         return self.labels == self.truth
 
 
-def make_problem(seed: int, noise: float, clean: int, train: int = 1000) -> Problem:
-    """Digits whose annotator sometimes writes down the next digit; the rest is the test set.
+def make_problem(
+    seed: int, noise: float, clean: int, systematic: bool = False, train: int = 1000
+) -> Problem:
+    """``train`` digits, a share ``noise`` of them with a wrong label; the rest are for tests.
 
-    Such systematic errors cannot be averaged away: at ``noise`` one half only the clean images
-    say which of two labels is meant. They hold equally many of each digit.
+    The wrong label is random or, if ``systematic``, the next digit. The clean images hold equally
+    many of each digit.
     """
     data, generator = load_digits(), np.random.default_rng(seed)
     order = generator.permutation(len(data.target))
@@ -50,7 +55,10 @@ def make_problem(seed: int, noise: float, clean: int, train: int = 1000) -> Prob
     truth = torch.tensor(data.target[order])
     chosen, rest = slice(clean, clean + train), slice(clean + train, None)
     wrong = torch.tensor(generator.permutation(train) < round(noise * train))
-    labels = torch.where(wrong, (truth[chosen] + 1) % 10, truth[chosen])
+    shift = torch.tensor(generator.integers(1, 10, train))
+    if systematic:
+        shift = torch.ones_like(shift)
+    labels = torch.where(wrong, (truth[chosen] + shift) % 10, truth[chosen])
     return Problem(
         *(images[chosen], labels, truth[chosen]),
         *(images[:clean], truth[:clean], images[rest], truth[rest], seed),
@@ -63,12 +71,14 @@ def make_model(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 
 
-def decay(parameters: list[Tensor]) -> Tensor:
+def decay(parameters: list[Tensor], strength: float = DECAY) -> Tensor:
     """The weight decay that is part of every training loss."""
-    return 0.5 * DECAY * sum(p.square().sum() for p in parameters)
+    return 0.5 * strength * sum(p.square().sum() for p in parameters)
 
 
-def fit(images: Tensor, labels: Tensor, weights: Tensor, seed: int) -> nn.Sequential:
+def fit(
+    images: Tensor, labels: Tensor, weights: Tensor, seed: int, strength: float
+) -> nn.Sequential:
     """The recipe with which every row ends: a fresh network on weighted samples."""
     model = make_model(seed + 1000)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -77,19 +87,20 @@ def fit(images: Tensor, labels: Tensor, weights: Tensor, seed: int) -> nn.Sequen
     for _ in range(300):
         optimizer.zero_grad()
         losses = cross_entropy(model(images), labels, reduction="none")
-        (weights @ losses + decay(list(model.parameters()))).backward()
+        (weights @ losses + decay(list(model.parameters()), strength)).backward()
         optimizer.step()
         schedule.step()
     return model
 
 
-def fit_with_clean(problem: Problem, weights: Tensor) -> nn.Sequential:
+def fit_with_clean(problem: Problem, weights: Tensor, strength: float = DECAY) -> nn.Sequential:
     """``fit`` on the weighted training samples together with the clean ones."""
     return fit(
         torch.cat([problem.images, problem.clean_images]),
         torch.cat([problem.labels, problem.clean_labels]),
         torch.cat([weights, torch.ones(len(problem.clean_labels))]),
         problem.seed,
+        strength,
     )
 
 
@@ -105,7 +116,7 @@ def confidence(model: nn.Module, problem: Problem) -> Tensor:
 def validation_only(problem: Problem) -> tuple[nn.Module, Tensor]:
     """Train on the clean images alone."""
     ones = torch.ones(len(problem.clean_labels))
-    model = fit(problem.clean_images, problem.clean_labels, ones, problem.seed)
+    model = fit(problem.clean_images, problem.clean_labels, ones, problem.seed, SMALL_DECAY)
     return model, confidence(model, problem)
 
 
@@ -123,21 +134,28 @@ def _agrees(model: nn.Module, problem: Problem) -> Tensor:
 def agreement_filter(problem: Problem) -> tuple[nn.Module, Tensor]:
     """Keep the samples that the validation-only model agrees with, then retrain."""
     kept = _agrees(validation_only(problem)[0], problem)
+    return fit_with_clean(problem, kept, SMALL_DECAY), kept
+
+
+def self_filter(problem: Problem) -> tuple[nn.Module, Tensor]:
+    """Keep the samples that the model of noisy + validation agrees with, then retrain."""
+    kept = _agrees(noisy_and_validation(problem)[0], problem)
     return fit_with_clean(problem, kept), kept
 
 
 def oracle(problem: Problem) -> tuple[nn.Module, Tensor]:
     """Keep exactly the right labels: what no method can know."""
     kept = problem.is_right.float()
-    return fit_with_clean(problem, kept), kept
+    return fit_with_clean(problem, kept, SMALL_DECAY), kept
 
 
 def implicit(
     problem: Problem, steps: int, batch: int, upper_lr: float, ridge: float, iterations: int
 ) -> tuple[nn.Module, Tensor]:
-    """torchopt's implicit differentiation: warm-started lower steps, conjugate gradients."""
+    """Implicit differentiation by : warm-started lower steps, conjugate gradients."""
     import torchopt
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchopt")
     model = make_model(problem.seed + 2000)
     lower = list(model.parameters())
     names = [name for name, _ in model.named_parameters()]

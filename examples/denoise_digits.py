@@ -2,16 +2,28 @@
 
 The upper variables are 1,000 weights, the lower variables a small network: the network trains on
 the weighted samples, the weights want it to do well on 30 clean images. Half of the training
-labels are wrong, and systematically so (the annotator wrote down the next digit).
+labels are wrong, at random.
 
     python examples/denoise_digits.py
 
 Prints mean and spread over the seeds and saves a picture. Every row ends with the same training
-recipe; "share of samples told right" counts a score above one half as the verdict "label is
-right". The settings below were chosen on the seeds 100 to 107, which are not among those
-reported:
+recipe; "told right" counts a score above one half as the verdict "this label is right".
 
-GRIDS
+What to read in the table: learned weights beat the three simple rows. The two solvers of the same
+problem, torchopt's and this one, tie in accuracy, because 30 images limit both. Random errors
+average out, so the filter by the model trained on everything ("self-filter") does better still,
+and the plain probabilities of "noisy + validation" have the higher AUC; with ``--systematic``
+errors both fail, as nothing but the clean images tells right from wrong. (The settings are those
+for random errors; with systematic ones the agreement filter beats all learned weights.)
+
+The settings were chosen by mean test accuracy on the seeds 100 to 107, never on those reported.
+Tried, though not in every combination:
+
+- this optimizer (0.924 there): upper_lr 0.05, 0.1; ridge 0.03, 0.1, 0.3, 1; share 0.3, 1, 2;
+  100, 200, 400 steps; batches of 100;
+- torchopt (0.922 with batches, 0.921 without): upper_lr 0.02, 0.05; ridge 0, 0.03, 0.1; 40, 80,
+  100 steps; batches of 200 or none; 3 iterations of conjugate gradients (2, 5 and 20 were tried
+  before on the seeds 100 to 103).
 """
 
 from __future__ import annotations
@@ -34,6 +46,7 @@ from _digits_rows import (
     make_problem,
     noisy_and_validation,
     oracle,
+    self_filter,
     validation_only,
 )
 from matplotlib.figure import Figure
@@ -43,23 +56,21 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
-from torch_penalty_bilevel.multipliers import LeastSquares
-from torch_penalty_bilevel.penalties import Stationarity
 
 Row = tuple[nn.Module, Tensor]
 PENALTY = "this optimizer"
-STEPS = 300
-TORCHOPT = {"steps": 300, "batch": 100, "upper_lr": 0.2, "ridge": 0.1, "iterations": 3}
-TORCHOPT_FULL = TORCHOPT | {"steps": 50, "batch": 1000, "upper_lr": 0.1}
+STEPS = 200
+OUTPUT = Path("results/denoise_digits.png")
+TORCHOPT = {"steps": 100, "batch": 200, "upper_lr": 0.05, "ridge": 0.03, "iterations": 3}
+TORCHOPT_FULL = TORCHOPT | {"steps": 40, "batch": 1000, "upper_lr": 0.02}
 
 
 def penalty(
     problem: Problem,
     steps: int,
     batch: int = 100,
-    upper_lr: float = 0.2,
-    ridge: float = 0.3,
-    share: float = 2.0,
+    upper_lr: float = 0.05,
+    ridge: float = 0.03,
     trace: list[tuple[float, ...]] | None = None,
 ) -> Row:
     """One weight per sample with ``PenaltyBilevelOptimizer``; ``trace`` collects its metrics."""
@@ -70,7 +81,6 @@ def penalty(
         *([scores], lower),
         upper_lr=upper_lr,
         lower_lr=1e-2,
-        penalty=Stationarity(LeastSquares(share=share)),
     )
 
     def clean_loss() -> Tensor:
@@ -116,6 +126,7 @@ def rows_of(steps: int) -> dict[str, Callable[[Problem], Row]]:
         "validation only": validation_only,
         "noisy + validation": noisy_and_validation,
         "agreement filter": agreement_filter,
+        "self-filter": self_filter,
         "oracle": oracle,
     }
     if importlib.util.find_spec("torchopt"):
@@ -175,9 +186,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")
     parser.add_argument("--clean", type=int, default=30, help="clean images, a multiple of 10 (30)")
+    parser.add_argument("--systematic", action="store_true", help="wrong label: the next digit")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"bilevel steps ({STEPS})")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
-    parser.add_argument("--output", type=Path, default=Path("results/denoise_digits.png"))
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"picture ({OUTPUT})")
     arguments = parser.parse_args()
     if arguments.clean < 10 or arguments.clean % 10:
         parser.error(f"--clean must be a positive multiple of 10, got {arguments.clean}")
@@ -185,8 +197,10 @@ def main() -> None:
 
     rows = rows_of(arguments.steps)
     problems = [
-        make_problem(seed, arguments.noise, arguments.clean) for seed in range(arguments.seeds)
+        make_problem(seed, arguments.noise, arguments.clean, arguments.systematic)
+        for seed in range(arguments.seeds)
     ]
+    validation_only(problems[0])  # so that no row pays for torch's first use
     results = {}
     with tqdm(total=len(rows) * len(problems)) as bar:
         for name, row in rows.items():

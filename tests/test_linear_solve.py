@@ -129,6 +129,13 @@ def test_convergence_claimed_by_the_recursion_alone_is_not_believed() -> None:
     assert solution.converged
     assert solution.iterations > 1
 
+    calls = iter(range(1000))  # out of products right after the lie: x = b, and b - 2 x = -b
+    solution = conjugate_gradient(
+        lambda x: ((1 if next(calls) == 0 else 2) * x[0],), (right,), max_iterations=1
+    )
+    assert not solution.converged
+    assert solution.residual_norm == pytest.approx(2**0.5, rel=1e-12)
+
 
 def test_tolerance_is_relative_to_the_right_side_and_has_an_effect() -> None:
     matrix, right = spd(20, 1, 1e3), normal(20, seed=2)

@@ -17,8 +17,6 @@ B = (torch.tensor([1.0, -1.0], dtype=F64), torch.tensor([[2.0]], dtype=F64))
 SPARSE = torch.sparse_coo_tensor(
     [[0, 2, 2]], [1.0, 2.0, 3.0], (4,), dtype=F64, check_invariants=True
 )
-    [[0, 2, 2]], [1.0, 2.0, 3.0], (4,), dtype=F64, check_invariants=True
-)
 
 
 def same(actual, expected) -> None:
@@ -93,7 +91,7 @@ def test_scale_keeps_the_dtype_of_tensors() -> None:
         assert [t.dtype for t in T.scale(low, factor)] == [torch.bfloat16, torch.float64]
 
 
-def test_scale_moves_the_factor() -> None:
+def test_scale_over_several_devices() -> None:
     meta = (torch.ones(2, device="meta"), torch.ones(3))
     # A 0-d factor on the CPU serves the CPU tensor, and is carried to the other device.
     scaled = T.scale(meta, torch.tensor(2.0))

@@ -35,6 +35,8 @@ def live(
     def adapted(closure: Callable[[], Tensor], level: Level) -> Loss:
         def loss(upper: Tensors, lower: Tensors) -> Tensor:
             del upper, lower  # the closure reads the very tensors
+            # Inside an autocast block of the caller, copies of parameters that have moved.
+            torch.clear_autocast_cache()
             with guard.evaluation(level), torch.enable_grad():
                 return _checked(closure(), level, differentiable=True)
 

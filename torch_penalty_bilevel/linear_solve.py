@@ -33,8 +33,8 @@ def conjugate_gradient(
 ) -> Solution:
     r"""Solve A x = b for symmetric positive definite A (Hestenes & Stiefel, 1952).
 
-    The residual is recomputed from its definition every 10 iterations and before convergence is
-    believed, since the recursively updated one drifts away from it.
+    The residual is recomputed from its definition before convergence is believed, since the
+    recursively updated one drifts away from it; if they disagree, the method restarts there.
 
     Args:
         product: x -> A x.
@@ -51,7 +51,7 @@ def conjugate_gradient(
         >>> import torch
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
         >>> solution = conjugate_gradient(lambda x: (A @ x[0],), (torch.tensor([3.0, 4.0]),))
-        >>> solution.value[0]
+        >>> solution.value[0].round(decimals=4)
         tensor([1., 1.])
     """
     limit = max_iterations or 10 * sum(b.numel() for b in right)
@@ -75,12 +75,7 @@ def conjugate_gradient(
             return Solution(nan, products, float("nan"), False, _breakdown(curvature))
         step = square / curvature
         value = axpy(step, direction, value)
-        exact = products % 10 == 0
-        if exact:
-            residual = axpy(-1.0, product(value), right)
-            products += 1
-        else:
-            residual = axpy(-step, curved, residual)
+        residual, exact = axpy(-step, curved, residual), False
         previous, square = square, float(dot(residual, residual))
         direction = axpy(square / previous, direction, residual)
     if not exact:

@@ -78,9 +78,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         ValueError, TypeError: at construction, naming the argument, its value and the remedy.
 
     Example:
+        >>> import torch
         >>> u = torch.tensor([0.0], requires_grad=True)
         >>> v = torch.tensor([0.0], requires_grad=True)
-        >>> optimizer = PenaltyBilevelOptimizer([u], [v], upper_lr=0.1, lower_lr=0.1)
+        >>> optimizer = PenaltyBilevelOptimizer([u], [v], upper_lr=0.02, lower_lr=0.02)
         >>> for _ in range(300):
         ...     loss = optimizer.step(
         ...         lambda: (u**2 + v**2).sum(),      # upper loss f
