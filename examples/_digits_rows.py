@@ -152,7 +152,7 @@ def oracle(problem: Problem) -> tuple[nn.Module, Tensor]:
 def implicit(
     problem: Problem, steps: int, batch: int, upper_lr: float, ridge: float, iterations: int
 ) -> tuple[nn.Module, Tensor]:
-    """Implicit differentiation by : warm-started lower steps, conjugate gradients."""
+    """Implicit differentiation by torchopt: warm-started lower steps, conjugate gradients."""
     import torchopt
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchopt")

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from . import graph
-from .curvature.double_backward import explained
+from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .tensors import OptionalTensors, Pair
@@ -25,9 +25,11 @@ def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unuse
         ValueError: g does not depend on the lower parameters.
     """
     upper_loss = losses.upper(*at)
+    refuse_reentrant_checkpoint(upper_loss)
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
     lower_loss = losses.lower(*at)
+    refuse_reentrant_checkpoint(lower_loss)
     with explained():
         slopes = cast(
             OptionalTensors,
@@ -66,8 +68,9 @@ def raise_unused(names: Sequence[str]) -> None:
 def warn_of_zero() -> None:
     """Say that the hypergradient is exactly zero although the multiplier is not."""
     warnings.warn(
-        "the hypergradient is exactly zero: either u is at a stationary point, or the losses do "
-        "not see it (a detach, an argmax, a rounding or a dead activation on the way?)",
+        "the hypergradient was exactly zero three times in a row: either u is at a stationary "
+        "point, or the losses do not see it (a detach, an argmax, a rounding or a dead activation "
+        "on the way?)",
         BilevelWarning,
         stacklevel=5,
     )

@@ -13,13 +13,13 @@ from .tensors import Tensors, zeros_for
 
 
 class DualState(NamedTuple):
-    """What a rule remembers; scalars are 0-d tensors, so advancing never waits for the device."""
+    """What a rule remembers; scalars are Python numbers."""
 
     multiplier: Tensors
     """nu, shaped like the lower parameters, in at least float32."""
     probe: Tensors
     """A power-iteration vector, shaped like the lower parameters; empty where none is kept."""
-    scalars: dict[str, Tensor]
+    scalars: dict[str, float]
     """Always ``weight`` (gamma, multiplies ||r||^2 / 2) and ``damping`` (lambda, multiplies g)."""
     steps: int
     """Lower steps so far."""

@@ -1,4 +1,4 @@
-"""What one evaluation of both losses yields, and its norms."""
+"""What one evaluation of both losses yields, and its norms on the host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
-from .tensors import OptionalTensors, Tensors, norm, norms
+from .tensors import OptionalTensors, Tensors, norms
 
 
 class Evaluation(NamedTuple):
@@ -24,34 +24,35 @@ class Evaluation(NamedTuple):
     """q = nu + gamma r, shaped like v."""
     residual: Tensors
     """r = grad_v g."""
-    product: Tensors
-    """H q, with H = d2g/dv2."""
     adjoint_residual: Tensors
-    """a = grad_v f + H q; its norm is the certificate of the hypergradient."""
+    """a = grad_v f + H q, with H = d2g/dv2; its norm certifies the hypergradient."""
     upper_grad: OptionalTensors
     """grad_u f + J q, the hypergradient estimate; None where nothing depends on the parameter."""
-    slope_norm: Tensor
-    """||grad_v f||_2, 0-d."""
-    probe: Tensors | None
-    """A direction of unit length asked for by the multiplier rule, or None."""
-    probe_product: Tensors | None
-    """H times the probe."""
+    slope_norms: Tensors
+    """||grad_v f||_2 of each lower tensor, 0-d."""
+    product_norms: Tensors
+    """||H q||_2 of each lower tensor, 0-d."""
+    probe_product: Tensors
+    """H times the unit direction asked for by the multiplier rule; empty if it asked for none."""
 
 
 class Norms(NamedTuple):
-    """Euclidean norms (not squared) of an evaluation's parts, 0-d tensors."""
+    """Euclidean norms (not squared) of an evaluation's parts, as Python numbers."""
 
-    adjoint: Tensor
-    residual: Tensor
-    product: Tensor
-    adjoint_residual: Tensor
-    upper_grad: Tensor
-    vanished: bool
-    """Is the hypergradient exactly zero although the adjoint estimate is not?"""
+    adjoint: float
+    residual: float
+    adjoint_residual: float
+    slope: float
+    product: float
+    probe_product: float
+    upper_grad: float
 
 
 def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
-    """Take all norms and raise if anything is infinite or NaN, with one wait for the device.
+    """Fetch all norms and raise if anything is infinite or NaN: the step's one wait for the device.
+
+    An error before anything changes needs the numbers on the host; having them there, the
+    multiplier rules and schedules can be plain Python.
 
     Args:
         evaluation: what was computed.
@@ -61,36 +62,35 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
     Raises:
         NonFiniteError: naming the quantity and the step.
     """
-    present = [(n, g) for n, g in zip(names, evaluation.upper_grad, strict=True) if g is not None]
-    labelled = {
-        "upper loss f": evaluation.upper_loss,
-        "lower loss g": evaluation.lower_loss,
-        "adjoint nu + gamma r": norm(evaluation.adjoint),
-        "residual grad_v g": norm(evaluation.residual),
-        "upper slope grad_v f": evaluation.slope_norm,
-        "second-order product H q": norm(evaluation.product),
-        "adjoint residual grad_v f + H q": norm(evaluation.adjoint_residual),
+    upper = {n: g for n, g in zip(names, evaluation.upper_grad, strict=True) if g is not None}
+    blocks: dict[str, Tensors] = {
+        "upper loss f": (evaluation.upper_loss,),
+        "lower loss g": (evaluation.lower_loss,),
+        "adjoint nu + gamma r": norms(evaluation.adjoint),
+        "residual grad_v g": norms(evaluation.residual),
+        "upper slope grad_v f": evaluation.slope_norms,
+        "second-order product H q": evaluation.product_norms,
+        "adjoint residual grad_v f + H q": norms(evaluation.adjoint_residual),
+        "curvature probe H p": norms(evaluation.probe_product),
     }
-    if evaluation.probe_product is not None:
-        labelled["curvature probe H p"] = norm(evaluation.probe_product)
-    upper = norms([g for _, g in present])
-    labels = [*labelled, *(f"hypergradient of {name!r}" for name, _ in present)]
-    values = [*labelled.values(), *upper]
-    # In float64 so that 16-bit losses and wide norms stack; f's device is where callers look.
-    stacked = torch.stack([v.to(evaluation.upper_loss.device, torch.float64) for v in values])
-    numbers = stacked.tolist()
-    for label, value in zip(labels, numbers, strict=True):
+    upper_norms = norms([*upper.values()])
+    blocks |= {f"hypergradient of {n!r}": (g,) for n, g in zip(upper, upper_norms, strict=True)}
+    totals = _on_host(blocks)
+    for label, value in totals.items():
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"{label} is not finite in step {step}; nothing was changed. Lower the learning "
                 "rates, clip gradients with a step hook on optimizer.lower or optimizer.upper, or "
                 "look for log(0) and division by zero in the losses"
             )
-    return Norms(
-        adjoint=labelled["adjoint nu + gamma r"],
-        residual=labelled["residual grad_v g"],
-        product=labelled["second-order product H q"],
-        adjoint_residual=labelled["adjoint residual grad_v f + H q"],
-        upper_grad=torch.linalg.vector_norm(stacked[len(labelled) :]),
-        vanished=numbers[2] != 0.0 and not any(numbers[len(labelled) :]),
-    )
+    _, _, adjoint, residual, slope, product, adjoint_residual, probe, *parts = totals.values()
+    return Norms(adjoint, residual, adjoint_residual, slope, product, probe, math.hypot(*parts))
+
+
+def _on_host(blocks: dict[str, Tensors]) -> dict[str, float]:
+    """Sqrt of the sum of squares of each block's 0-d tensors, with one transfer for all."""
+    flat = [t for block in blocks.values() for t in block]
+    if len({(t.device, t.dtype) for t in flat}) > 1:
+        flat = [t.to(flat[0].device, torch.float64) for t in flat]
+    numbers = iter(torch.stack(flat).tolist())
+    return {label: math.hypot(*(next(numbers) for _ in block)) for label, block in blocks.items()}

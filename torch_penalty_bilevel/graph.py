@@ -52,7 +52,7 @@ def has_reentrant_checkpoint(output: Tensor) -> bool:
     Parameters used inside it are invisible: ``autograd.grad`` silently leaves them out.
     """
     return any(
-        isinstance(node, BackwardCFunction) and node._forward_cls is CheckpointFunction
+        isinstance(node, BackwardCFunction) and _class_of(node) is CheckpointFunction
         for node in nodes(output)
     )
 
@@ -67,8 +67,12 @@ def custom_function(output: Tensor) -> str | None:
 
 def _once_differentiable(node: Any) -> bool:
     # The decorator wraps backward with functools.wraps, which leaves this trace.
-    return hasattr(node._forward_cls.backward, "__wrapped__")
+    return hasattr(_class_of(node).backward, "__wrapped__")
 
 
 def _function_name(node: Any) -> str:
-    return f"autograd.Function {node._forward_cls.__name__}"
+    return f"autograd.Function {_class_of(node).__name__}"
+
+
+def _class_of(node: Any) -> Any:
+    return node._forward_cls

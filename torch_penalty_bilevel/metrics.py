@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .evaluation import Evaluation, Norms
+
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers of the last evaluation, as detached 0-d tensors; ``float()`` fetches one.
+    """Numbers of the last evaluation, as detached 0-d tensors; all NaN before the first step.
 
-    All are NaN before the first step.
+    The losses are where the closures computed them, the rest is on the host already: the step
+    fetched it to check that it is finite.
     """
 
     upper_loss: Tensor
@@ -32,6 +35,33 @@ class Metrics:
     gradient_evaluations: int
     """Since construction: gradients of f and of g, and second-order products, each as one (two for
     a central difference)."""
+
+    @classmethod
+    def of(
+        cls, evaluation: Evaluation, norms: Norms, scalars: dict[str, float], count: int
+    ) -> Metrics:
+        """The numbers of one evaluation, made under ``scalars`` of the multiplier rule."""
+        numbers = torch.tensor(
+            [
+                norms.residual,
+                norms.adjoint_residual,
+                norms.upper_grad,
+                scalars["weight"],
+                scalars["damping"],
+            ],
+            dtype=torch.float64,
+        )
+        residual, adjoint_residual, upper_grad, weight, damping = numbers.unbind()
+        return cls(
+            evaluation.upper_loss,
+            evaluation.lower_loss,
+            residual,
+            adjoint_residual,
+            upper_grad,
+            weight,
+            damping,
+            count,
+        )
 
     @classmethod
     def unknown(cls) -> Metrics:

@@ -8,14 +8,10 @@ A rule is a set of constants; what changes lives in a ``DualState`` that goes in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
 
 from .dual import DualState, MultiplierRule
 from .evaluation import Evaluation, Norms
-from .tensors import Tensors, accumulation_dtype, axpy, norm, scale, zeros_for
+from .tensors import Tensors, axpy, norm, scale, zeros_for
 
 
 class LeastSquares:
@@ -24,11 +20,11 @@ class LeastSquares:
     .. math::
         a = \nabla_v f + H\nu, \qquad
         v \leftarrow \text{rule}(\lambda r + w a), \qquad
-        \nu \leftarrow \nu - a / L
+        \nu \leftarrow \nu - \frac{a + \mu\nu}{L + \mu}
 
-    r = 0 and a = 0 at the end for any lambda > 0 and w >= 0: nothing has to grow or vanish, and nu
-    is then exactly -H^{-1} grad_v f. There is no ||r||^2 term (gamma = 0): nu does not depend
-    on the batch at hand, so the upper gradient is unbiased under minibatches.
+    r = 0 and a = 0 at the end for any lambda > 0 and w >= 0 (with ridge 0): nothing has to grow or
+    vanish, and nu is then exactly -H^{-1} grad_v f. There is no ||r||^2 term (gamma = 0): nu does
+    not depend on the batch at hand, so the upper gradient is unbiased under minibatches.
 
     L bounds ||H||_2: the running maximum of ||H q|| / ||q|| and of a power iteration that costs one
     more product in the first 10 lower steps and in every 20th after. The ratio alone will
@@ -39,37 +35,42 @@ class LeastSquares:
     fixed share of g's own gradient, whatever the units of f and g.
 
     Differs from Mehra & Hamm (2021), where v descends F_low (curvature gamma H^2, so the square of
-    the condition number) and nu advances only when a tolerance test fires.
-    ``benchmarks/multipliers.py`` compares the two.
+    the condition number) and nu advances only when a tolerance test fires. ``benchmarks/smd.py``
+    compares the two.
 
     Args:
         damping: lambda > 0, multiplies r in the lower direction.
         share: >= 0, how strongly the lower level is pulled towards points that the upper
             loss likes, relative to ||r||. It picks the optimistic solution where argmin_v g is
             not unique; 0 leaves v to g alone.
+        ridge: mu / L >= 0. With mu > 0, nu solves (H + mu I) nu = -grad_v f: a biased adjoint that
+            does not follow the upper loss into the flat directions of g. Use it where the
+            upper loss has few data, as one would regularise any least-squares fit.
     """
 
     shares_evaluation = True
 
-    # Measured on SMD20-24 (benchmarks/multipliers.py): forgetting L faster, or probing only at
-    # the start, lets it sink below the true curvature on the rank-deficient problems.
+    # Measured on SMD20-24 (benchmarks/smd.py): forgetting L faster, or probing only at the start,
+    # lets it sink below the true curvature on the rank-deficient problems.
     _CURVATURE_MEMORY = 0.999
     _AVERAGE_MEMORY = 0.99
     _FIRST_PROBES = 10
     _PROBE_EVERY = 20
 
-    def __init__(self, damping: float = 1.0, share: float = 0.3) -> None:
+    def __init__(self, damping: float = 1.0, share: float = 0.3, ridge: float = 0.0) -> None:
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be > 0, got {damping}; it makes v follow g")
         if not 0 <= share < math.inf:
             raise ValueError(f"share must be >= 0, got {share}; 0 switches the pull off")
+        if not 0 <= ridge < math.inf:
+            raise ValueError(f"ridge must be >= 0, got {ridge}; 0 gives the exact adjoint")
         self.damping = damping
         self.share = share
+        self.ridge = ridge
 
     def start(self, lower: Tensors) -> DualState:
-        scalar = _scalars_like(lower)
-        names = ("weight", "curvature", "residual_square", "adjoint_square", "slope_square")
-        scalars = {"damping": scalar(self.damping)} | {name: scalar(0.0) for name in names}
+        averages = {"residual_square": 0.0, "adjoint_square": 0.0, "slope_square": 0.0}
+        scalars = {"weight": 0.0, "damping": self.damping, "curvature": 0.0} | averages
         return DualState(zeros_for(lower), zeros_for(lower), scalars, 0)
 
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
@@ -82,41 +83,36 @@ class LeastSquares:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
         if state.steps == 0:
             return _unit(axpy(1.0, _unit(residual), _unit(slope)))
-        return _unit(state.probe)
+        return state.probe
 
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, DualState]:
-        scalars = self._averaged(state.scalars, evaluation, norms)
-        probe = state.probe
-        if evaluation.probe_product is not None:
-            probe = evaluation.probe_product
-            scalars["curvature"] = torch.maximum(scalars["curvature"], norm(probe))
-        pull = (
-            self.share
-            * _ratio(
-                scalars["residual_square"], scalars["adjoint_square"] + scalars["slope_square"]
-            ).sqrt()
-        )
+        scalars = self._averaged(state.scalars, norms)
+        spread = scalars["adjoint_square"] + scalars["slope_square"]
+        pull = self.share * math.sqrt(_ratio(scalars["residual_square"], spread))
         direction = axpy(
             pull, evaluation.adjoint_residual, scale(evaluation.residual, self.damping)
         )
-        step = _ratio(torch.ones_like(scalars["curvature"]), scalars["curvature"])
-        multiplier = axpy(-step, evaluation.adjoint_residual, state.multiplier)
+        # (a + mu nu) / (L + mu) with mu = ridge * L.
+        step = _ratio(1.0, scalars["curvature"] * (1.0 + self.ridge))
+        fade = 1.0 - self.ridge / (1.0 + self.ridge)
+        multiplier = axpy(-step, evaluation.adjoint_residual, scale(state.multiplier, fade))
+        probe = state.probe
+        if evaluation.probe_product:
+            probe = scale(evaluation.probe_product, _ratio(1.0, norms.probe_product))
         return direction, DualState(multiplier, probe, scalars, state.steps + 1)
 
-    def _averaged(
-        self, old: dict[str, Tensor], evaluation: Evaluation, norms: Norms
-    ) -> dict[str, Tensor]:
-        def average(name: str, length: Tensor) -> Tensor:
-            return torch.lerp(length.square(), old[name], self._AVERAGE_MEMORY)
+    def _averaged(self, old: dict[str, float], norms: Norms) -> dict[str, float]:
+        def average(name: str, length: float) -> float:
+            return self._AVERAGE_MEMORY * old[name] + (1 - self._AVERAGE_MEMORY) * length**2
 
-        seen = _ratio(norms.product, norms.adjoint)
+        seen = max(_ratio(norms.product, norms.adjoint), norms.probe_product)
         return old | {
-            "curvature": torch.maximum(self._CURVATURE_MEMORY * old["curvature"], seen),
+            "curvature": max(self._CURVATURE_MEMORY * old["curvature"], seen),
             "residual_square": average("residual_square", norms.residual),
             "adjoint_square": average("adjoint_square", norms.adjoint_residual),
-            "slope_square": average("slope_square", evaluation.slope_norm),
+            "slope_square": average("slope_square", norms.slope),
         }
 
     def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
@@ -179,17 +175,8 @@ class EpsilonTest:
         self.decay = decay
 
     def start(self, lower: Tensors) -> DualState:
-        scalar = _scalars_like(lower)
-        return DualState(
-            zeros_for(lower),
-            (),
-            {
-                "weight": scalar(self.weight),
-                "damping": scalar(self.damping),
-                "tolerance": scalar(self.tolerance),
-            },
-            0,
-        )
+        scalars = {"weight": self.weight, "damping": self.damping, "tolerance": self.tolerance}
+        return DualState(zeros_for(lower), (), scalars, 0)
 
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
         return axpy(state.scalars["weight"], residual, state.multiplier)
@@ -206,16 +193,16 @@ class EpsilonTest:
         return self._lower_direction(state, evaluation), state._replace(steps=state.steps + 1)
 
     def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
+        lower_grad = float(norm(self._lower_direction(state, evaluation)))
+        if not math.hypot(norms.upper_grad, lower_grad) < state.scalars["tolerance"]:
+            return state
         old = state.scalars
-        lower_grad = norm(self._lower_direction(state, evaluation))
-        advance = torch.hypot(norms.upper_grad.to(lower_grad), lower_grad) < old["tolerance"]
-        gained = torch.where(advance, old["weight"], 0.0)
         return state._replace(
-            multiplier=axpy(gained, evaluation.residual, state.multiplier),
+            multiplier=axpy(old["weight"], evaluation.residual, state.multiplier),
             scalars={
-                "weight": torch.where(advance, old["weight"] * self.growth, old["weight"]),
-                "damping": torch.where(advance, old["damping"] * self.decay, old["damping"]),
-                "tolerance": torch.where(advance, old["tolerance"] * self.decay, old["tolerance"]),
+                "weight": old["weight"] * self.growth,
+                "damping": old["damping"] * self.decay,
+                "tolerance": old["tolerance"] * self.decay,
             },
         )
 
@@ -225,20 +212,14 @@ class EpsilonTest:
         return axpy(state.scalars["damping"], evaluation.residual, evaluation.adjoint_residual)
 
 
-def _scalars_like(lower: Tensors) -> Callable[[float], Tensor]:
-    dtype, device = accumulation_dtype(lower), lower[0].device
-    return lambda value: torch.tensor(value, dtype=dtype, device=device)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def _ratio(numerator: float, denominator: float) -> float:
     """Numerator / denominator, and 0 where the denominator is 0."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)
+    return numerator / denominator if denominator > 0 else 0.0
 
 
 def _unit(tensors: Tensors) -> Tensors:
     """``tensors`` at length 1; zero stays zero."""
-    length = norm(tensors)
-    return scale(tensors, _ratio(torch.ones_like(length), length))
+    return scale(tensors, _ratio(1.0, float(norm(tensors))))
 
 
 _BY_NAME = {"least_squares": LeastSquares, "paper": EpsilonTest}

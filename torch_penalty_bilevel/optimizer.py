@@ -103,7 +103,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "_dual",
         "_adjoint",
         "_counts",
-        "_seen",
+        "_dependence_checked",
+        "_zeros_in_a_row",
     )
 
     def __init__(
@@ -140,7 +141,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0}
-        self._seen = {"dependence": False, "zero": False}
+        self._dependence_checked = False
+        self._zeros_in_a_row = 0
 
     # The method.
 
@@ -248,11 +250,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
         at, names = self._point(), self._moving_upper_names()
-        if not self._seen["dependence"]:
+        if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))
             check_dependence(losses, at, names, self.allow_unused)
             random.restore()  # so that a resumed run, which checks again, draws the same numbers
-            self._seen["dependence"] = True
+            self._dependence_checked = True
         if isinstance(self.curvature, VectorJacobian):  # no outer graph around torch.func's
             at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
         dual = self._dual.only(self._moving_lower())
@@ -261,20 +263,15 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
-        if norms.vanished and not self._seen["zero"]:
-            self._seen["zero"] = True
+        # Once is a coincidence of symmetric starts; never again after the warning.
+        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0
+        self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
+        if self._zeros_in_a_row == 3:
             warn_of_zero()
-        products = 1 + (evaluation.probe is not None)
+        products = 2 if evaluation.probe_product else 1
         self._counts["gradient_evaluations"] += 2 + self.curvature.product_cost * products
-        self.metrics = Metrics(
-            upper_loss=evaluation.upper_loss,
-            lower_loss=evaluation.lower_loss,
-            residual_norm=norms.residual,
-            adjoint_residual_norm=norms.adjoint_residual,
-            upper_grad_norm=norms.upper_grad,
-            penalty_weight=dual.scalars["weight"],
-            damping=dual.scalars["damping"],
-            gradient_evaluations=self._counts["gradient_evaluations"],
+        self.metrics = Metrics.of(
+            evaluation, norms, dual.scalars, self._counts["gradient_evaluations"]
         )
         return evaluation, norms
 
@@ -303,7 +300,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         if level == "lower":
             self._dual = self._dual.extended(parameters)
             self._adjoint = (*self._adjoint, *zeros_for(parameters))
-        self._seen["dependence"] = False
+        self._dependence_checked = False
 
     def _own_state(self) -> dict[str, Any]:
         return {
@@ -334,11 +331,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
 
         here = self._dual
-        scalars = {k: own["scalars"][k].clone().to(v.device) for k, v in here.scalars.items()}
         self._dual = DualState(
             placed(own["multiplier"], here.multiplier),
             placed(own["probe"], here.probe),
-            scalars,
+            dict(own["scalars"]),
             own["lower_steps"],
         )
         self._adjoint = placed(own["adjoint"], here.multiplier)

@@ -19,7 +19,7 @@ from .tensors import (
     add,
     cast_like,
     filled,
-    norm,
+    norms,
     sum_of,
 )
 
@@ -85,7 +85,7 @@ class Stationarity:
         adjoint = self.rule.adjoint(state, residual)
         indirect = linearised.product(cast_like(adjoint, at.lower))
         product, slope, upper_grad = _reduced(indirect, direct, at, reduce)
-        probe = probe_product = None
+        probe_product: Tensors = ()
         if self.rule.probes(state):
             probe = self.rule.probe(state, residual, slope)
             curved = linearised.product(cast_like(probe, at.lower)).lower
@@ -95,11 +95,10 @@ class Stationarity:
             lower_loss=linearised.loss,
             adjoint=adjoint,
             residual=residual,
-            product=product,
             adjoint_residual=add(slope, product),
             upper_grad=upper_grad,
-            slope_norm=norm(slope),
-            probe=probe,
+            slope_norms=norms(slope),
+            product_norms=norms(product),
             probe_product=probe_product,
         )
 

@@ -90,6 +90,8 @@ def scale(tensors: Sequence[Tensor], factor: Tensor | float) -> Tensors:
 
 def axpy(factor: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensors:
     """``factor * x + y``."""
+    if isinstance(factor, float) and all(t.layout == torch.strided for t in (*x, *y)):
+        return tuple(torch._foreach_add(tuple(y), tuple(x), alpha=factor)) if x else ()
     return add(scale(x, factor), y)
 
 

@@ -67,10 +67,11 @@ def refuse_silently_wrong(value: Tensor) -> None:
         )
 
 
-def first_order(loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
+def first_order(loss: Loss, at: Pair, *, inspect: bool) -> tuple[Tensor, OptionalPair]:
     """Value and gradient of ``loss`` for both levels by one ordinary backward pass."""
     value = loss(at.upper, at.lower)
-    refuse_reentrant_checkpoint(value)
+    if inspect:
+        refuse_reentrant_checkpoint(value)
     with explained():
         gradients = torch.autograd.grad(value, (*at.upper, *at.lower), allow_unused=True)
     n = len(at.upper)
@@ -95,10 +96,13 @@ class DoubleBackward:
     product_cost = 1
 
     def __init__(self) -> None:
-        self._inspected = False
+        # Walking a large graph takes milliseconds, so each loss is looked through once.
+        self._inspected_upper = self._inspected = False
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
-        return first_order(loss, at)
+        result = first_order(loss, at, inspect=not self._inspected_upper)
+        self._inspected_upper = True
+        return result
 
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         value = loss(at.upper, at.lower)

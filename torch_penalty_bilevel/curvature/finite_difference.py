@@ -61,15 +61,18 @@ class FiniteDifference:
         self.relative_step = relative_step
         self.central = central
         self.product_cost = 2 if central else 1
-        self._closure_repeats = False
+        # Looking through a graph and calling a closure twice is done once.
+        self._inspected_upper = self._closure_repeats = False
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
-        return first_order(loss, at)
+        result = first_order(loss, at, inspect=not self._inspected_upper)
+        self._inspected_upper = True
+        return result
 
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         del reusable  # nothing is freed, so it always is
         random = RandomState(t.device for t in (*at.upper, *at.lower))
-        value, here = first_order(loss, at)
+        value, here = first_order(loss, at, inspect=not self._closure_repeats)
         if not self._closure_repeats:
             self._check_repeats(loss, at, value, random)
         step, central = self._step_for(at.lower)
@@ -117,7 +120,7 @@ class FiniteDifference:
 
 def _gradient_at(loss: Loss, at: Pair, shift: Tensors, random: RandomState) -> OptionalPair:
     with _shifted(at.lower, shift), random.replayed():
-        return first_order(loss, at)[1]
+        return first_order(loss, at, inspect=False)[1]
 
 
 @contextlib.contextmanager
