@@ -40,10 +40,10 @@ def exact_hypergradient(f, g, u, v):
 
 
 class LeastSquaresTwin:
-    def __init__(self, f, g, u, v, lr, lower_steps=1, damping=1.0, share=0.3):
+    def __init__(self, f, g, u, v, lr, lower_steps=1, damping=1.0, share=0.3, ridge=0.0):
         self.f, self.g, self.u, self.v = f, g, u.clone(), v.clone()
         self.upper, self.lower = Adam(lr), Adam(lr)
-        self.T, self.damping, self.share = lower_steps, damping, share
+        self.T, self.damping, self.share, self.ridge = lower_steps, damping, share, ridge
         self.nu, self.k, self.L, self.p = torch.zeros_like(v), 0, 0.0, None
         self.R = self.A = self.S = 0.0
 
@@ -66,7 +66,8 @@ class LeastSquaresTwin:
             self.v = self.lower(self.v, self.damping * r + w * a)
             self.upper_grad = f_u + J @ self.nu  # at the point and with the nu of this evaluation
             self.certificate, self.residual = a.norm(), r.norm()
-            self.nu = self.nu - a / self.L
+            mu = self.ridge * self.L
+            self.nu = self.nu - (a + mu * self.nu) / (self.L + mu)
             self.k += 1
         self.u = self.upper(self.u, self.upper_grad)
 

@@ -89,6 +89,7 @@ def test_ready_rules_are_checked():
         (lambda: LeastSquares(damping=float("inf")), "damping must be > 0"),
         (lambda: LeastSquares(share=-1), "share must be >= 0, got -1"),
         (lambda: LeastSquares(share=float("nan")), "share must be"),
+        (lambda: LeastSquares(ridge=-0.1), "ridge must be >= 0, got -0.1"),
         (lambda: EpsilonTest(weight=0), "weight must be > 0, got 0"),
         (lambda: EpsilonTest(damping=-1), "damping must be >= 0"),
         (lambda: EpsilonTest(tolerance=0), "tolerance must be > 0"),

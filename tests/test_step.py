@@ -93,6 +93,34 @@ def test_least_squares_step_equals_its_twin_after_every_step(name, lower_steps, 
             torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
+def test_ridge_step_equals_its_twin():
+    options = {"damping": 0.7, "share": 0.5, "ridge": 0.2}
+    u0, v0 = start()
+    twin = LeastSquaresTwin(*PROBLEMS["curved"], u0, v0, lr=0.02, **options)
+    rule = Stationarity(LeastSquares(**options))
+    u, v, optimizer = build(u0, v0, upper_lr=0.02, lower_lr=0.02, penalty=rule)
+    for _ in range(30):
+        optimizer.step(*closures("curved", u, v, "auto"))
+        twin.step()
+        torch.testing.assert_close(u.detach(), twin.u, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(v.detach(), twin.v, rtol=1e-11, atol=1e-11)
+
+
+def test_ridge_solves_the_damped_adjoint_equation():
+    """(H + mu I) nu = -grad_v f with mu = ridge * L, and L is near ||H||_2."""
+    rule = LeastSquares(share=0.0, ridge=0.1)
+    u, v, optimizer = build(*start(), penalty=Stationarity(rule), lower_lr=0.0)
+    for _ in range(400):  # v does not move, so H and grad_v f are fixed
+        optimizer.lower_step(*closures("quadratic", u, v, "auto"))
+    _, _, _, f_v, _, H, _ = derivatives(quadratic_f, quadratic_g, u.detach(), v.detach())
+    mu = 0.1 * torch.linalg.matrix_norm(H, 2)
+    expected = -torch.linalg.solve(H + mu * torch.eye(N_V), f_v)
+    # L fades by 0.999 per step between two probes, 20 steps apart: 2 % in mu.
+    torch.testing.assert_close(optimizer.adjoint[0], expected, rtol=0.02, atol=0)
+    undamped = -torch.linalg.solve(H, f_v)
+    assert float((undamped - expected).norm() / expected.norm()) > 0.1
+
+
 @pytest.mark.parametrize("lower_steps", [1, 3])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_paper_step_equals_its_twin_after_every_step(name, lower_steps):
@@ -246,6 +274,7 @@ def test_warmup_holds_the_upper_level():
     [
         (LeastSquares(), LeastSquares(damping=0.5)),
         (LeastSquares(), LeastSquares(share=0.0)),
+        (LeastSquares(), LeastSquares(ridge=0.1)),
         (EpsilonTest(), EpsilonTest(weight=1.0)),
         (EpsilonTest(), EpsilonTest(damping=1.0)),
         (EpsilonTest(tolerance=9.0), EpsilonTest(tolerance=1e-9)),

@@ -87,7 +87,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         ...         lambda: (u**2 + v**2).sum(),      # upper loss f
         ...         lambda: ((1 - u - v) ** 2).sum()  # lower loss g, so v = 1 - u
         ...     )
-        >>> abs(float(u) - 0.5) < 1e-2 and abs(float(v) - 0.5) < 1e-2
+        >>> abs(u.item() - 0.5) < 1e-2 and abs(v.item() - 0.5) < 1e-2
         True
     """
 
