@@ -78,6 +78,7 @@ def test_functional_signatures():
 # What each module may import from the package; the listing reads bottom-up.
 LAYERS = {
     "errors": set(),
+    "testing": set(),
     "tensors": set(),
     "randomness": set(),
     "buffers": set(),
