@@ -43,8 +43,9 @@ def explained() -> Generator[None]:
                 ) from error
         if "backward through the graph a second time" in str(error):
             raise DoubleBackwardError(
-                "the graph of a loss was already freed: the closure called backward() itself. "
-                "Return the loss and let the optimizer differentiate it."
+                "the graph of a loss was already freed: the closure called backward() itself, or "
+                "uses tensors computed outside it. Compute everything that depends on the "
+                "parameters inside the closure, and return the loss without calling backward()."
             ) from error
         raise
 
