@@ -1,6 +1,7 @@
 """The fixed-point and value-gap formulations: twins, closed forms, laws and failures."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from test_step import PROBLEMS, A, C, build, closures, quadratic_f, quadratic_g,
 from torch import nn
 
 from torch_penalty_bilevel import (
+    BilevelWarning,
     EpsilonTest,
     FiniteDifference,
     FixedPoint,
@@ -86,7 +88,7 @@ def test_fixed_point_under_the_published_schedule():
     rule = EpsilonTest(weight=0.3, damping=0.2)
     u, v, optimizer = build(*start(), penalty=FixedPoint(rule))
     at = u.detach().clone(), v.detach().clone()
-    _, _, f_u, f_v, r, B, E = map_derivatives(target_f, curved_phi, *at)
+    _, _, _, f_v, r, B, _ = map_derivatives(target_f, curved_phi, *at)
     optimizer.lower_step(*wrap(target_f, curved_phi, u, v, "auto"))
     close(v.grad, f_v + B @ (0.3 * r) + 0.2 * r)
 
@@ -121,11 +123,8 @@ def test_tanh_equilibrium(curvature):
         return 0.1 * u + (D @ inject).T @ slope
 
     u0 = 0.5 * normal(m, seed=44)
-    u, z, optimizer = build(
-        u0, torch.zeros(n), penalty="fixed_point", curvature=curvature, upper_lr=0.0, lower_lr=0.05
-    )
+    u, z = u0.clone().requires_grad_(), torch.zeros(n, requires_grad=True)
     functions = wrap(f, phi, u, z, curvature)
-    optimizer.lower = torch.optim.SGD([z], lr=1.0)
     still = PenaltyBilevelOptimizer(
         [u],
         torch.optim.SGD([z], lr=1.0),
@@ -136,25 +135,21 @@ def test_tanh_equilibrium(curvature):
         still.lower_step(*functions)
     still.upper_step(*functions)
     close(u.grad, exact(u0), 1e-9)
-    # The whole problem, against a descent on the exact hypergradient.
-    best = u0.clone()
-    for _ in range(2000):
-        best = best - 0.5 * exact(best)
-    assert float(exact(best).norm()) < 1e-10
-    u, z, optimizer = build(
-        u0,
-        torch.zeros(n),
-        penalty="fixed_point",
-        curvature=curvature,
-        upper_lr=0.05,
-        lower_lr=0.05,
-        lower_steps=2,
+    # The whole problem, against a Newton step on the exact hypergradient.
+    u, z = u0.clone().requires_grad_(), torch.zeros(n, requires_grad=True)
+    lower = torch.optim.SGD([z], lr=0.5)
+    optimizer = PenaltyBilevelOptimizer(
+        [u], lower, upper_lr=0.02, penalty="fixed_point", curvature=curvature, lower_steps=2
     )
     functions = wrap(f, phi, u, z, curvature)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for _ in range(600):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 800)
+    for _ in range(800):
         optimizer.step(*functions)
         scheduler.step()
+    best = u.detach()
+    for _ in range(6):
+        best = best - torch.linalg.solve(torch.func.jacrev(exact)(best), exact(best))
+    assert float(exact(best).norm()) < 1e-12
     torch.testing.assert_close(u.detach(), best, rtol=0, atol=1e-6)
     torch.testing.assert_close(z.detach(), equilibrium(best), rtol=0, atol=1e-6)
 
@@ -171,7 +166,11 @@ def test_multiplier_of_a_rotating_map(turn):
     jacobian = 0.9 * torch.eye(2) + turn * K
     push = torch.tensor([[0.05, 0.02], [0.0, 0.04]])
     u, v, optimizer = build(
-        torch.tensor([0.4, -0.3]), torch.tensor([1.0, 2.0]), penalty="fixed_point", lower_lr=0.0
+        torch.tensor([0.4, -0.3]),
+        torch.tensor([1.0, 2.0]),
+        penalty="fixed_point",
+        upper_lr=0.0,
+        lower_lr=0.0,
     )
     functions = wrap(target_2, lambda a, b: jacobian @ b + push @ a, u, v, "auto")
     for _ in range(600):
@@ -182,7 +181,7 @@ def test_multiplier_of_a_rotating_map(turn):
         return
     close(optimizer.adjoint[0], exact, 1e-9)
     optimizer.upper_step(*functions)
-    close(u.grad, 2 * u.detach() - push.T @ exact * -1.0 * -1.0, 1e-9)
+    close(u.grad, 2 * u.detach() - push.T @ exact, 1e-9)
 
 
 def target_2(u, v):
@@ -195,14 +194,9 @@ def test_linear_map_in_closed_form():
     P, goal = normal(3, 2, seed=51), normal(3, seed=52)
     S = torch.linalg.solve(torch.eye(3) - M, P)
     best = torch.linalg.solve(S.T @ S + 0.1 * torch.eye(2), S.T @ goal)
-    u, v, optimizer = build(
-        torch.zeros(2),
-        torch.zeros(3),
-        penalty="fixed_point",
-        upper_lr=0.05,
-        lower_lr=0.05,
-        lower_steps=2,
-    )
+    u, v = torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)
+    lower = torch.optim.SGD([v], lr=0.5)
+    optimizer = PenaltyBilevelOptimizer([u], lower, upper_lr=0.02, penalty="fixed_point")
     functions = wrap(
         lambda a, b: 0.5 * ((b - goal) ** 2).sum() + 0.05 * a @ a,
         lambda a, b: M @ b + P @ a,
@@ -210,8 +204,8 @@ def test_linear_map_in_closed_form():
         v,
         "auto",
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for _ in range(600):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 900)
+    for _ in range(900):
         optimizer.step(*functions)
         scheduler.step()
     torch.testing.assert_close(u.detach(), best, rtol=0, atol=1e-6)
@@ -311,7 +305,7 @@ def test_dependence_of_maps_is_checked():
     u, v, optimizer = build(*start(), penalty="fixed_point")
     with pytest.raises(UnusedParameterError, match=r"upper\[0\]"):
         optimizer.step(lambda: v.square().sum(), lambda: W @ v)
-    with pytest.warns(UserWarning, match="Phi does not depend on any upper parameter"):
+    with pytest.warns(BilevelWarning, match="Phi does not depend on any upper parameter"):
         optimizer.step(lambda: target_f(u, v), lambda: W @ v)
 
 
@@ -442,7 +436,7 @@ def test_bias_is_of_order_one_over_gamma():
         errors.append(float((estimate - exact).norm()))
         adjoint_errors.append(float((optimizer.adjoint[0] - adjoint).norm()))
     for found in (errors, adjoint_errors):
-        for one, ten in zip(found, found[1:], strict=False):
+        for one, ten in itertools.pairwise(found):
             assert math.log10(ten / one) == pytest.approx(-1.0, abs=0.02)
 
 
@@ -450,29 +444,37 @@ def test_flat_lower_level_has_a_cube_root_law():
     """Problem 13: g = (v - u)^4 / 4, f = (v - 1)^2 / 2 + u^2 / 2, u* = 1/2; H = 0.
 
     From (u, v): u = 1 - v and (1 - v) = gamma (v - u)^3 give u = .419, .482, .496 at gamma = 1e2,
-    1e4, 1e6. z never reaches u exactly: z - u falls like 1 / sqrt(steps), its cube is negligible.
+    1e4, 1e6. z - u falls like 1 / sqrt(steps) under SGD. Adam will not do here: its second moments
+    remember larger slopes for 1,000 steps and z stops short of u.
     """
     errors = []
     for gamma, known in ((1e2, 0.419), (1e4, 0.482)):
         u = torch.tensor([0.3], requires_grad=True)
-        v = torch.tensor([0.5], requires_grad=True)
+        v = torch.tensor([0.3], requires_grad=True)
         optimizer = PenaltyBilevelOptimizer(
-            [u], [v], upper_lr=0.01, lower_lr=0.01, penalty=ValueGap(gamma, relative=False)
+            [u],
+            torch.optim.SGD([v], lr=10.0),
+            upper_lr=0.01,
+            penalty=ValueGap(gamma, relative=False),
         )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 2000)
         for _ in range(2000):
             optimizer.step(
                 lambda: ((v - 1) ** 2 / 2 + u**2 / 2).sum(),  # noqa: B023
                 lambda: ((v - u) ** 4 / 4).sum(),  # noqa: B023
             )
             scheduler.step()
-        assert float(u) == pytest.approx(known, abs=2e-3)
-        errors.append(0.5 - float(u))
+        assert float(u.detach()) == pytest.approx(known, abs=2e-3)
+        errors.append(0.5 - float(u.detach()))
     assert math.log(errors[1] / errors[0]) / math.log(1e2) == pytest.approx(-1 / 3, abs=0.03)
 
 
 def test_toy_with_spurious_stationary_points_reaches_its_solution_set():
-    """Problem 7, 200 starts at once: v = -u, where a penalty on |grad_v g|^2 has traps."""
+    """Problem 7, 200 starts at once: v = -u; stationary points of g and of |grad_v g|^2 with
+    u + v of 2 to 6 are traps for penalties on the gradient.
+
+    Left over: the bias, 0.05 at gamma = 190.
+    """
     u0 = 3 * torch.rand(200)
     v0 = 6 * torch.rand(200) - 3
     u, v, optimizer = build(u0, v0, upper_lr=0.01, lower_lr=0.02, lower_steps=2, penalty="value")
@@ -486,14 +488,14 @@ def test_toy_with_spurious_stationary_points_reaches_its_solution_set():
     def g():
         return ((u + v) ** 2 + u * torch.sin(u + v) ** 2).sum()
 
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-    for _ in range(400):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for _ in range(1000):
         optimizer.step(f, g)
         with torch.no_grad():
             u.clamp_(0, 3)
         scheduler.step()
     gap = (u + v).detach().abs()
-    assert float((gap < 0.05).double().mean()) == 1.0, gap.sort().values[-10:]
+    assert float(gap.max()) < 0.1
 
 
 def test_quadratic_is_solved_without_tuning():

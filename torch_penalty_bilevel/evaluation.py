@@ -76,12 +76,12 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         "lower loss g": (evaluation.lower_loss,),
         "adjoint nu + gamma r": norms(evaluation.adjoint),
         "residual grad_v g": norms(evaluation.residual),
+        "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
+        "tracker residual grad_v g(u, z)": norms(evaluation.tracker_residual),
         "upper slope grad_v f": evaluation.slope_norms,
         "second-order product H q": evaluation.product_norms,
         "adjoint residual grad_v f + H q": norms(evaluation.adjoint_residual),
         "curvature probe H p": norms(evaluation.probe_product),
-        "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
-        "tracker residual grad_v g(u, z)": norms(evaluation.tracker_residual),
     }
     upper_norms = norms([*upper.values()])
     blocks |= {f"hypergradient of {n!r}": (g,) for n, g in zip(upper, upper_norms, strict=True)}
@@ -93,7 +93,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
                 "rates, clip gradients with a step hook on optimizer.lower or optimizer.upper, or "
                 "look for log(0) and division by zero in the losses"
             )
-    _, _, adjoint, residual, slope, product, adjoint_residual, probe, _, _, *parts = totals.values()
+    _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, *parts = totals.values()
     return Norms(adjoint, residual, adjoint_residual, slope, product, probe, math.hypot(*parts))
 
 
