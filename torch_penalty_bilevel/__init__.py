@@ -15,7 +15,9 @@ from .metrics import Metrics as Metrics
 from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
 from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
+from .penalties import FixedPoint as FixedPoint
 from .penalties import Stationarity as Stationarity
+from .penalties import ValueGap as ValueGap
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,7 @@ __all__ = [
     "DoubleBackwardError",
     "EpsilonTest",
     "FiniteDifference",
+    "FixedPoint",
     "LeastSquares",
     "Metrics",
     "NonFiniteError",
@@ -33,5 +36,6 @@ __all__ = [
     "PenaltyBilevelOptimizer",
     "Stationarity",
     "UnusedParameterError",
+    "ValueGap",
     "functional",
 ]

@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 
 from . import closures, levels, penalties
 from . import curvature as engines
+from .borrowed import stepped
 from .checks import check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
 from .curvature import Automatic, Curvature, VectorJacobian
-from .dual import DualState
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
-from .tensors import Pair, Tensors, zeros_for
+from .tensors import Pair, Tensors, placed, zeros_for
 from .transaction import all_or_nothing
 
 Closure: TypeAlias = Callable[..., Tensor]
@@ -67,7 +67,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         lower_steps: v-steps before each u-step in ``step``.
         warmup_steps: the first so many calls of ``step`` move v and the multiplier only, so that u
             starts on a hypergradient that is already about right.
-        penalty: ``"stationarity"``, ``"paper"`` (the published schedule) or an object.
+        penalty: ``"stationarity"``, ``"paper"`` (the published schedule), ``"value"`` (gradients
+            only), ``"fixed_point"`` (the lower closure returns a map Phi(u, v)) or an object.
         curvature: ``"auto"``, ``"double_backward"``, ``"finite_difference"``, ``"functional"``
             (torch.func; the closures are then pure functions of (upper, lower), each a tuple in
             parameter order or, for parameters given with names, a dict) or an object.
@@ -133,8 +134,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._join(upper_rule, lower_rule)
         self.lower_steps = lower_steps
         self.warmup_steps = warmup_steps
-        self.penalty = penalties.resolve(penalty)
         self.curvature = engines.resolve(curvature)
+        self.penalty = penalties.resolve(penalty, self.curvature)
         self.reduce: Reduce = reduce or _identity
         self.allow_unused = bool(allow_unused)
         self.metrics = Metrics.unknown()
@@ -211,7 +212,17 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         rule, moving = self.penalty.rule, self._moving_lower()
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
-        for parameter, gradient in zip(self._point().lower, direction, strict=True):
+        lower = self._point().lower
+        if advanced.tracker:
+            tracker, moments = stepped(
+                self.lower,
+                lower,
+                advanced.tracker,
+                evaluation.tracker_residual,
+                advanced.moments,
+            )
+            advanced = advanced._replace(tracker=tracker, moments=moments)
+        for parameter, gradient in zip(lower, direction, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         self.lower.step()
         self._dual = self._dual.merged(advanced, moving)
@@ -239,10 +250,12 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         devices = [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
         try:
             with all_or_nothing(rules, devices) as guard:
+                rules_here = self.upper, self.lower
+                is_map = self.penalty.lower_is_map
                 if isinstance(self.curvature, VectorJacobian):
-                    losses = closures.pure(upper_closure, lower_closure, self.upper, self.lower)
+                    losses = closures.pure(upper_closure, lower_closure, *rules_here, is_map)
                 else:
-                    losses = closures.live(upper_closure, lower_closure, guard)
+                    losses = closures.live(upper_closure, lower_closure, guard, self.lower, is_map)
                 yield lambda: self._evaluate(losses)
         except BaseException:
             self._dual, self._adjoint, self.metrics, self._counts = before
@@ -252,7 +265,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at, names = self._point(), self._moving_upper_names()
         if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))
-            check_dependence(losses, at, names, self.allow_unused)
+            is_map = self.penalty.lower_is_map
+            check_dependence(losses, at, names, self.allow_unused, is_map)
             random.restore()  # so that a resumed run, which checks again, draws the same numbers
             self._dependence_checked = True
         if isinstance(self.curvature, VectorJacobian):  # no outer graph around torch.func's
@@ -268,8 +282,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
         if self._zeros_in_a_row == 3:
             warn_of_zero()
-        products = 2 if evaluation.probe_product else 1
-        self._counts["gradient_evaluations"] += 2 + self.curvature.product_cost * products
+        self._counts["gradient_evaluations"] += evaluation.cost
         self.metrics = Metrics.of(
             evaluation, norms, dual.scalars, self._counts["gradient_evaluations"]
         )
@@ -305,39 +318,24 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     def _own_state(self) -> dict[str, Any]:
         return {
             "format": 1,
-            "multiplier": list(self._dual.multiplier),
-            "probe": list(self._dual.probe),
+            "penalty": self.penalty.name,
             "adjoint": list(self._adjoint),
-            "scalars": dict(self._dual.scalars),
-            "lower_steps": self._dual.steps,
+            **self._dual.packed(),
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        saved = [tuple(t.shape) for t in own["multiplier"]]
-        here = [tuple(t.shape) for t in self._dual.multiplier]
-        if saved != here:
-            raise ValueError(f"the checkpoint's multiplier has shapes {saved}, expected {here}")
-        if own["scalars"].keys() != self._dual.scalars.keys():
+        if own["penalty"] != self.penalty.name:
             raise ValueError(
-                f"the checkpoint holds {sorted(own['scalars'])}, this rule needs "
-                f"{sorted(self._dual.scalars)}; construct with the rule that made it"
+                f"the checkpoint was made with penalty {own['penalty']!r}, this optimizer has "
+                f"{self.penalty.name!r}"
             )
+        self._dual.check(own)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        def placed(tensors: list[Tensor], like: Sequence[Tensor]) -> Tensors:
-            pairs = zip(tensors, like, strict=True)
-            return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
-
-        here = self._dual
-        self._dual = DualState(
-            placed(own["multiplier"], here.multiplier),
-            placed(own["probe"], here.probe),
-            dict(own["scalars"]),
-            own["lower_steps"],
-        )
-        self._adjoint = placed(own["adjoint"], here.multiplier)
+        self._dual = self._dual.unpacked(own)
+        self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
         if own["switched"] and isinstance(self.curvature, Automatic):
             self.curvature.switch()

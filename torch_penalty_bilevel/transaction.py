@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
+from .moments import copied
 from .randomness import RandomState
 
 
@@ -49,7 +48,7 @@ class _Copy:
         ]
         parameters = [p for group in rule.param_groups for p in group["params"]]
         self._values = [(p, p.detach().clone(), p.grad) for p in parameters]
-        self._state = {p: _copied(rule.state[p]) for p in parameters if p in rule.state}
+        self._state = {p: copied(rule.state[p]) for p in parameters if p in rule.state}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -62,7 +61,3 @@ class _Copy:
                 self._rule.state.pop(parameter, None)
         for group, options in zip(self._rule.param_groups, self._groups, strict=True):
             group.update(options)
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}

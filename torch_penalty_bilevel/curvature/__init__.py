@@ -8,6 +8,8 @@ from .finite_difference import FiniteDifference as FiniteDifference
 from .protocol import Curvature as Curvature
 from .protocol import Linearised as Linearised
 from .protocol import Loss as Loss
+from .protocol import Map as Map
+from .protocol import MapCurvature as MapCurvature
 from .vector_jacobian import VectorJacobian as VectorJacobian
 
 _BY_NAME = {
