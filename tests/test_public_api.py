@@ -20,6 +20,7 @@ def test_public_names():
         "DoubleBackwardError",
         "EpsilonTest",
         "FiniteDifference",
+        "HypergradientReport",
         "LeastSquares",
         "Metrics",
         "NonFiniteError",
@@ -53,6 +54,14 @@ def test_optimizer_signature():
         "curvature": "auto",
         "reduce": None,
         "allow_unused": False,
+    }
+    options = parameters(tpb.PenaltyBilevelOptimizer.check_hypergradient)
+    assert list(options)[1:3] == ["upper_closure", "lower_closure"]
+    assert {k: default for k, (keyword, default) in options.items() if keyword} == {
+        "tolerance": None,
+        "max_iterations": None,
+        "damping": 0.0,
+        "resolve": None,
     }
     for half in ("step", "lower_step", "upper_step"):
         signature = inspect.signature(getattr(tpb.PenaltyBilevelOptimizer, half))
@@ -95,7 +104,26 @@ LAYERS = {
     "closures": {"buffers", "curvature", "levels", "penalties", "tensors"},
     "checks": {"curvature", "errors", "graph", "penalties", "tensors"},
     "functional": {"curvature", "errors", "linear_solve", "tensors"},
+    "implicit": {"curvature", "linear_solve", "penalties", "tensors"},
+    "report": set(),
+    "diagnosis": {"report"},
+    "self_check": {
+        "checks",
+        "curvature",
+        "diagnosis",
+        "dual",
+        "errors",
+        "evaluation",
+        "implicit",
+        "linear_solve",
+        "multipliers",
+        "penalties",
+        "randomness",
+        "report",
+        "tensors",
+    },
     "optimizer": {
+        "buffers",
         "checks",
         "closures",
         "composite",
@@ -106,6 +134,8 @@ LAYERS = {
         "metrics",
         "penalties",
         "randomness",
+        "report",
+        "self_check",
         "tensors",
         "transaction",
     },

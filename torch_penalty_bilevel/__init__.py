@@ -16,6 +16,7 @@ from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
 from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
 from .penalties import Stationarity as Stationarity
+from .report import HypergradientReport as HypergradientReport
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "DoubleBackwardError",
     "EpsilonTest",
     "FiniteDifference",
+    "HypergradientReport",
     "LeastSquares",
     "Metrics",
     "NonFiniteError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -15,13 +15,23 @@ from .penalties import Losses
 from .tensors import OptionalTensors, Pair
 
 
-def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool) -> None:
-    """Look once through the graphs of f and r for upper parameters that neither depends on.
+def check_count(name: str, value: Any, at_least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
 
-    Warns if r depends on none at all: then v does not respond to u and the closures may be swapped.
+
+class Dependence(NamedTuple):
+    """For each upper parameter: is it in the graph of f, and in that of r = grad_v g?"""
+
+    upper_loss: list[bool]
+    residual: list[bool]
+
+
+def dependence(losses: Losses, at: Pair) -> Dependence:
+    """Look through the graphs of f and r for the upper parameters.
 
     Raises:
-        UnusedParameterError: naming the parameters, unless ``allow_unused``.
         ValueError: g does not depend on the lower parameters.
     """
     upper_loss = losses.upper(*at)
@@ -40,15 +50,27 @@ def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unuse
         raise ValueError(
             "the lower loss does not depend on any lower parameter; are the two closures swapped?"
         )
-    in_residual = graph.reached(residual, at.upper)
+    return Dependence(in_upper_loss, graph.reached(residual, at.upper))
+
+
+def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool) -> None:
+    """Look once through the graphs of f and r for upper parameters that neither depends on.
+
+    Warns if r depends on none at all: then v does not respond to u and the closures may be swapped.
+
+    Raises:
+        UnusedParameterError: naming the parameters, unless ``allow_unused``.
+        ValueError: g does not depend on the lower parameters.
+    """
+    found = dependence(losses, at)
     unused = [
         name
-        for name, direct, indirect in zip(names, in_upper_loss, in_residual, strict=True)
+        for name, direct, indirect in zip(names, *found, strict=True)
         if not direct and not indirect
     ]
     if unused and not allow_unused:
         raise_unused(unused)
-    if not any(in_residual):
+    if not any(found.residual):
         warnings.warn(
             "grad_v g does not depend on any upper parameter, so v does not respond to u and the "
             "hypergradient is the plain gradient of f; are the two closures swapped?",

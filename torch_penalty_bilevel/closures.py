@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
-from .curvature import Loss
+from .curvature import Curvature, Loss, VectorJacobian
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
@@ -25,6 +25,21 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
                 f"{type(closure).__name__}. Trainers that call step() or step(closure) by "
                 "themselves cannot drive a bilevel optimizer: use their manual mode"
             )
+
+
+def adapted(
+    curvature: Curvature,
+    upper_closure: Callable[..., Tensor],
+    lower_closure: Callable[..., Tensor],
+    upper_rule: Optimizer,
+    lower_rule: Optimizer,
+    guard: BufferGuard,
+) -> Losses:
+    """Pure functions where the engine needs them, else live closures."""
+    check_callables(upper_closure, lower_closure)
+    if isinstance(curvature, VectorJacobian):
+        return pure(upper_closure, lower_closure, upper_rule, lower_rule)
+    return live(upper_closure, lower_closure, guard)
 
 
 def live(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -52,6 +52,42 @@ class DualState(NamedTuple):
             multiplier=self.multiplier + zeros_for(new),
             probe=self.probe + zeros_for(new) if self.probe else (),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint; tensors are not copied."""
+        return {
+            "multiplier": list(self.multiplier),
+            "probe": list(self.probe),
+            "scalars": dict(self.scalars),
+            "lower_steps": self.steps,
+        }
+
+    def check_fits(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError if ``as_dict`` of another problem or rule made ``saved``."""
+        shapes = [tuple(t.shape) for t in saved["multiplier"]]
+        here = [tuple(t.shape) for t in self.multiplier]
+        if shapes != here:
+            raise ValueError(f"the checkpoint's multiplier has shapes {shapes}, expected {here}")
+        if saved["scalars"].keys() != self.scalars.keys():
+            raise ValueError(
+                f"the checkpoint holds {sorted(saved['scalars'])}, this rule needs "
+                f"{sorted(self.scalars)}; construct with the rule that made it"
+            )
+
+    def loaded(self, saved: dict[str, Any]) -> DualState:
+        """What ``as_dict`` saved, placed like this state."""
+        return DualState(
+            placed(saved["multiplier"], self.multiplier),
+            placed(saved["probe"], self.probe),
+            dict(saved["scalars"]),
+            saved["lower_steps"],
+        )
+
+
+def placed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
+    """Copies on the devices and in the dtypes of ``like``."""
+    pairs = zip(tensors, like, strict=True)
+    return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
 
 
 class MultiplierRule(Protocol):
