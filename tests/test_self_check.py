@@ -1,5 +1,7 @@
 """check_hypergradient: right numbers, each cause named, nothing moved."""
 
+import contextlib
+import copy
 import math
 import random
 
@@ -320,6 +322,56 @@ def test_functional_mode_moves_nothing_and_takes_names():
     assert report.slopes
     assert report.engine == "functional"
     assert report.engine_difference < 1e-6
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_batch_norm_behind_pure_functions_equals_the_live_module(fails):
+    """Buffers move once per step and never in a check, also where it raises."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    twin = copy.deepcopy(net)
+    x, y = normal(8, 3, seed=1), normal(8, 1, seed=2)
+    w, w2 = torch.zeros(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    pure = PenaltyBilevelOptimizer(
+        [("w", w)], net.named_parameters(), curvature="functional", upper_lr=0.1
+    )
+    live = PenaltyBilevelOptimizer([w2], twin.parameters(), upper_lr=0.1)
+
+    def losses(out, weights, parameters):
+        decay = 0.5 * sum(p.square().sum() for p in parameters)
+        return (weights.sigmoid() * (out - y).square().squeeze(1)).mean() + decay
+
+    def f(upper, lower):
+        return (torch.func.functional_call(net, lower, x) - 1).square().mean()
+
+    def g(upper, lower):
+        return losses(torch.func.functional_call(net, lower, x), upper["w"], lower.values())
+
+    def live_f():
+        return (twin(x) - 1).square().mean()
+
+    def live_g():
+        return losses(twin(x), w2, twin.parameters())
+
+    for _ in range(3):
+        pure.step(f, g)
+        live.step(live_f, live_g)
+    buffers = [b.clone() for b in net.buffers()]
+    calls = []
+
+    def trapped(upper, lower):
+        calls.append(1)
+        if fails and len(calls) == 5:
+            raise KeyError("stop")
+        return g(upper, lower)
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        report = pure.check_hypergradient(f, trapped)
+        other = live.check_hypergradient(live_f, live_g)
+        torch.testing.assert_close(report.exact, other.exact, rtol=1e-9, atol=1e-12)
+    for before, after, here in zip(buffers, net.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(before, after)
+        torch.testing.assert_close(after, here, rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_parameters_are_left_out():

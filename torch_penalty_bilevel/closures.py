@@ -38,7 +38,7 @@ def adapted(
     """Pure functions where the engine needs them, else live closures."""
     check_callables(upper_closure, lower_closure)
     if isinstance(curvature, VectorJacobian):
-        return pure(upper_closure, lower_closure, upper_rule, lower_rule)
+        return pure(upper_closure, lower_closure, upper_rule, lower_rule, guard)
     return live(upper_closure, lower_closure, guard)
 
 
@@ -65,6 +65,7 @@ def pure(
     lower_function: Callable[..., Tensor],
     upper_rule: Optimizer,
     lower_rule: Optimizer,
+    guard: BufferGuard,
 ) -> Losses:
     """Functions of (upper, lower), each a tuple of tensors or a dict by name."""
     structured_upper = _structure(upper_rule, "upper")
@@ -72,7 +73,8 @@ def pure(
 
     def adapted(function: Callable[..., Tensor], level: Level) -> Loss:
         def loss(upper: Tensors, lower: Tensors) -> Tensor:
-            value = function(structured_upper(upper), structured_lower(lower))
+            with guard.evaluation(level):  # of modules behind torch.func.functional_call
+                value = function(structured_upper(upper), structured_lower(lower))
             return _checked(value, level, differentiable=False)
 
         return loss

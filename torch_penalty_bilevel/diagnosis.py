@@ -126,11 +126,14 @@ def _about_lower_level(report: HypergradientReport) -> Iterator[Finding]:
     if not (off if report.slopes else away):
         return
     if away:
+        far = (
+            "" if math.isnan(report.lower_distance) else f", {report.lower_distance:.2g} ||v|| away"
+        )
         yield Finding(
             "lower level",
-            f"v is not at the minimiser of g (||grad_v g|| = {report.residual_norm:.2g}, about "
-            f"{report.lower_distance:.2g} of ||v|| away), so the implicit formula holds at another "
-            "v; take more lower_steps, a smaller upper_lr, a larger lower_lr or less share",
+            f"v is not at the minimiser of g (||grad_v g|| = {report.residual_norm:.2g}{far}), so "
+            "the implicit formula is that of another v; take more lower_steps, a smaller "
+            "upper_lr, a larger lower_lr or less share",
         )
     else:
         yield Finding(

@@ -137,13 +137,15 @@ class HypergradientReport:
         if self.slope_norm > 0:
             share = self.adjoint_residual_norm / self.slope_norm
             certificate += f" ({share:.2g} of ||grad_v f||)"
+        known = not math.isnan(self.lower_distance)
+        distance = f"about {self.lower_distance:.2g} ||v||" if known else "unknown"
         end = "converged" if self.solved else "NOT converged"
         rows = {
             "cosine": f"{self.cosine:.6f}",
             "relative error": f"{self.relative_error:.3g}",
             "certificate ||grad_v f + H q||": certificate,
             "residual ||grad_v g||": f"{self.residual_norm:.3g}",
-            "distance of v from v*(u)": f"{self.lower_distance:.2g} of ||v||",
+            "distance of v from v*(u)": distance,
             "curvature of g along r": f"{self.curvature_along_residual:.3g}",
             "grad_v g depends on u": "yes" if self.depends_on_upper else "NO",
             "closures repeat": self.repeats,
