@@ -18,6 +18,7 @@ from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
 from .penalties import FixedPoint as FixedPoint
 from .penalties import Stationarity as Stationarity
 from .penalties import ValueGap as ValueGap
+from .report import HypergradientReport as HypergradientReport
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "EpsilonTest",
     "FiniteDifference",
     "FixedPoint",
+    "HypergradientReport",
     "LeastSquares",
     "Metrics",
     "NonFiniteError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,33 @@ from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .tensors import OptionalTensors, Pair
+
+
+def check_count(name: str, value: Any, at_least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+
+
+class Dependence(NamedTuple):
+    """For each upper parameter: is it in the graph of f, and in that of the residual r?"""
+
+    upper_loss: list[bool]
+    residual: list[bool]
+
+
+def dependence(losses: Losses, at: Pair, lower_is_map: bool) -> Dependence:
+    """Look through the graphs of f and r for the upper parameters.
+
+    Raises:
+        ValueError: g does not depend on the lower parameters.
+    """
+    upper_loss = losses.upper(*at)
+    refuse_reentrant_checkpoint(upper_loss)
+    in_upper_loss = graph.reached([upper_loss], at.upper)
+    del upper_loss
+    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
+    return Dependence(in_upper_loss, graph.reached(residual, at.upper))
 
 
 def check_dependence(
@@ -28,20 +55,15 @@ def check_dependence(
         UnusedParameterError: naming the parameters, unless ``allow_unused``.
         ValueError: g does not depend on the lower parameters.
     """
-    upper_loss = losses.upper(*at)
-    refuse_reentrant_checkpoint(upper_loss)
-    in_upper_loss = graph.reached([upper_loss], at.upper)
-    del upper_loss
-    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
-    in_residual = graph.reached(residual, at.upper)
+    found = dependence(losses, at, lower_is_map)
     unused = [
         name
-        for name, direct, indirect in zip(names, in_upper_loss, in_residual, strict=True)
+        for name, direct, indirect in zip(names, *found, strict=True)
         if not direct and not indirect
     ]
     if unused and not allow_unused:
         raise_unused(unused)
-    if not any(in_residual):
+    if not any(found.residual):
         warnings.warn(
             f"{'Phi' if lower_is_map else 'grad_v g'} does not depend on any upper parameter, so v "
             "does not respond to u and the hypergradient is the plain gradient of f; are the two "

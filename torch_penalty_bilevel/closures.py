@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
+from .curvature import Curvature, VectorJacobian
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
@@ -28,6 +29,22 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
                 f"{type(closure).__name__}. Trainers that call step() or step(closure) by "
                 "themselves cannot drive a bilevel optimizer: use their manual mode"
             )
+
+
+def losses_of(
+    curvature: Curvature,
+    upper_closure: Callable[..., Any],
+    lower_closure: Callable[..., Any],
+    upper_rule: Optimizer,
+    lower_rule: Optimizer,
+    guard: BufferGuard,
+    lower_is_map: bool,
+) -> Losses:
+    """Pure functions where the engine needs them, else live closures."""
+    check_callables(upper_closure, lower_closure)
+    if isinstance(curvature, VectorJacobian):
+        return pure(upper_closure, lower_closure, upper_rule, lower_rule, guard, lower_is_map)
+    return live(upper_closure, lower_closure, guard, lower_rule, lower_is_map)
 
 
 def live(
@@ -60,6 +77,7 @@ def pure(
     lower_function: Callable[..., Any],
     upper_rule: Optimizer,
     lower_rule: Optimizer,
+    guard: BufferGuard,
     lower_is_map: bool,
 ) -> Losses:
     """Functions of (upper, lower), each a tuple of tensors or a dict by name."""
@@ -68,7 +86,8 @@ def pure(
 
     def adapted(function: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
         def loss(upper: Tensors, lower: Tensors) -> Any:
-            value = function(structured_upper(upper), structured_lower(lower))
+            with guard.evaluation(level):  # of modules behind torch.func.functional_call
+                value = function(structured_upper(upper), structured_lower(lower))
             return check(value, level, differentiable=False)
 
         return loss

@@ -38,6 +38,29 @@ def all_or_nothing(
     guard.commit()
 
 
+@contextlib.contextmanager
+def rehearsal(
+    rules: Sequence[Optimizer], devices: Sequence[torch.device]
+) -> Generator[BufferGuard]:
+    """Undo in any case what the block did to random generators, buffers, parameters, gradients.
+
+    Args:
+        rules: optimizers whose parameters the block may move; it does not step them.
+        devices: devices whose random generators the closures may use.
+    """
+    random = RandomState(devices)
+    parameters = [p for rule in rules for group in rule.param_groups for p in group["params"]]
+    saved = [(p, p.detach().clone(), p.grad) for p in parameters]
+    try:
+        yield BufferGuard()  # never committed, so the buffers stay
+    finally:
+        with torch.no_grad():
+            for parameter, value, grad in saved:
+                parameter.copy_(value)
+                parameter.grad = grad
+        random.restore()
+
+
 class _Copy:
     """One rule's parameters, gradients, group options and state, by value."""
 

@@ -10,6 +10,7 @@ from .fixed_point import refusal
 from .protocol import Losses as Losses
 from .protocol import Penalty as Penalty
 from .protocol import Reduce as Reduce
+from .protocol import one_worker as one_worker
 from .stationarity import Stationarity as Stationarity
 from .value_gap import ValueGap as ValueGap
 
