@@ -142,8 +142,8 @@ def test_tanh_equilibrium(curvature):
         [u], lower, upper_lr=0.02, penalty="fixed_point", curvature=curvature, lower_steps=2
     )
     functions = wrap(f, phi, u, z, curvature)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 800)
-    for _ in range(800):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 1200)
+    for _ in range(1200):
         optimizer.step(*functions)
         scheduler.step()
     best = u.detach()
@@ -204,8 +204,8 @@ def test_linear_map_in_closed_form():
         v,
         "auto",
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 900)
-    for _ in range(900):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer.upper, 1500)
+    for _ in range(1500):
         optimizer.step(*functions)
         scheduler.step()
     torch.testing.assert_close(u.detach(), best, rtol=0, atol=1e-6)
@@ -645,6 +645,20 @@ def test_tracker_moves_by_the_lower_rule_with_its_options_and_hooks():
         optimizer.step(lambda: quadratic_f(u, v), lambda: quadratic_g(u, v))
         close(optimizer.state_dict()["bilevel"]["tracker"][0], z, 1e-12)
     assert list(rule.state) == [v]
+
+
+def test_a_rule_that_counts_in_its_groups_counts_each_step_once():
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+            return super().step(closure)
+
+    u, v = (t.requires_grad_() for t in start())
+    optimizer = PenaltyBilevelOptimizer([u], Counting([v], lr=0.1), penalty="value")
+    for _ in range(3):
+        optimizer.step(lambda: quadratic_f(u, v), lambda: quadratic_g(u, v))
+    assert optimizer.lower.param_groups[0]["count"] == 3
 
 
 # Contract.
