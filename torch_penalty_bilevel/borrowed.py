@@ -47,4 +47,6 @@ def stepped(
         rule.state.clear()
         rule.state.update(state)
         for group, old in zip(rule.param_groups, options, strict=True):
+            for name in group.keys() - old.keys() - {"params"}:
+                del group[name]
             group.update(old)

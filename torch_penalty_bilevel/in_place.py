@@ -32,5 +32,4 @@ def replaced(parameters: Tensors, values: Tensors) -> Generator[None]:
     with restored(parameters):
         with torch.no_grad():
             torch._foreach_copy_(parameters, values)
-        torch.clear_autocast_cache()
         yield

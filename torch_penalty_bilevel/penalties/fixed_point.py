@@ -49,9 +49,9 @@ class FixedPoint:
         >>> u = torch.tensor([0.0], requires_grad=True)
         >>> v = torch.tensor([0.0], requires_grad=True)
         >>> optimizer = PenaltyBilevelOptimizer(
-        ...     [u], [v], upper_lr=0.02, lower_lr=0.02, penalty=FixedPoint()
+        ...     [u], [v], upper_lr=0.01, lower_lr=0.05, penalty=FixedPoint()
         ... )
-        >>> for _ in range(300):
+        >>> for _ in range(400):
         ...     loss = optimizer.step(
         ...         lambda: ((v - 1) ** 2).sum(),  # upper loss f
         ...         lambda: 0.5 * v + u            # the map Phi, so v = 2 u

@@ -58,9 +58,13 @@ class ValueGap:
 
     z starts at v and moves by the lower rule, with the rule's learning rates and hooks and with
     moments of its own: then a lag behind the moving argmin is common to v and z and cancels in
-    v - z. Both points see the same batch, random numbers and buffers; the closure is called
-    twice per evaluation. v's gradient is F's over gamma, so learning rates mean what they mean
-    in training on g.
+    v - z. (Gradient steps 1 / L for z beside Adam for v: 0.49 of noisy digits told right after 600
+    steps, which is chance, against 0.90.) Where g is flatter than quadratic Adam stops z short of
+    the argmin; use SGD for the lower rule there.
+
+    Both points see the same batch, random numbers and buffers; the closure is called twice per
+    evaluation. v's gradient is F's over gamma, so learning rates mean what they mean in training
+    on g.
 
     Differs from the papers: one loop, z and v moved together by any torch rule; gamma in units
     of the two gradients.
@@ -83,9 +87,9 @@ class ValueGap:
         >>> u = torch.tensor([0.0], requires_grad=True)
         >>> v = torch.tensor([0.0], requires_grad=True)
         >>> optimizer = PenaltyBilevelOptimizer(
-        ...     [u], [v], upper_lr=0.02, lower_lr=0.02, penalty=ValueGap(weight=10.0)
+        ...     [u], [v], upper_lr=0.01, lower_lr=0.05, penalty=ValueGap(weight=10.0)
         ... )
-        >>> for _ in range(300):
+        >>> for _ in range(400):
         ...     loss = optimizer.step(
         ...         lambda: (u**2 + v**2).sum(),      # upper loss f
         ...         lambda: ((1 - u - v) ** 2).sum()  # lower loss g, so v = 1 - u
