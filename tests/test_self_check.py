@@ -26,6 +26,9 @@ from torch_penalty_bilevel import (
     PenaltyBilevelOptimizer,
     Stationarity,
 )
+from torch_penalty_bilevel.implicit import ImplicitProblem
+from torch_penalty_bilevel.penalties import Losses
+from torch_penalty_bilevel.tensors import Pair
 
 ENGINES = ("auto", "double_backward", "functional", "finite_difference")
 
@@ -749,3 +752,15 @@ def test_sparse_gradients_are_compared():
     )
     torch.testing.assert_close(report.exact[0].squeeze(1), exact, rtol=1e-8, atol=1e-10)
     assert float(exact.norm()) > 0
+
+
+def test_the_lower_solver_averages_over_workers():
+    """Its residual is the averaged one: three times this worker's where reduce says so."""
+    u, v = leaf(0.3), leaf(0.4)
+    losses = Losses(lambda u, v: v[0].sum(), lambda u, v: (v[0] - u[0]).square().sum())
+    problem = ImplicitProblem(
+        losses, Pair((u,), (v,)), DoubleBackward(), lambda tensors: tuple(3 * t for t in tensors)
+    )
+    value, gradient = problem._lower_gradient()
+    assert float(value) == pytest.approx(3 * 0.01)
+    assert float(gradient[0]) == pytest.approx(3 * 0.2)
