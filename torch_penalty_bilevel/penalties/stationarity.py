@@ -6,7 +6,7 @@ from ..curvature import Curvature
 from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
 from ..multipliers import resolve as resolve_multiplier
-from ..tensors import Pair
+from ..tensors import Pair, Tensors
 from .protocol import Losses, Reduce
 from .residual import evaluate_residual
 
@@ -33,18 +33,35 @@ class Stationarity:
     Args:
         multiplier: how nu, gamma and lambda move: ``"least_squares"`` (default), ``"paper"``, or
             a configured ``LeastSquares(...)`` or ``EpsilonTest(...)``.
+        independent_batches: call the lower closure twice per evaluation, r from one call and the
+            product from the next. With a closure that draws a batch when called, E[r_A' r_B] =
+            ||r||^2, while one batch gives ||r||^2 + tr(Sigma) / B: it removes the bias of
+            ``"paper"`` for one more gradient. ``LeastSquares`` has none to remove. Not
+            with finite differences, which need the same batch twice.
     """
 
     name = "stationarity"
     lower_is_map = False
 
-    def __init__(self, multiplier: str | MultiplierRule = "least_squares") -> None:
+    def __init__(
+        self,
+        multiplier: str | MultiplierRule = "least_squares",
+        *,
+        independent_batches: bool = False,
+    ) -> None:
         self.rule = resolve_multiplier(multiplier)
+        self.independent_batches = bool(independent_batches)
 
     def evaluate(
         self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce
     ) -> Evaluation:
         upper = curvature.gradient(losses.upper, at)
+        other_residual: Tensors | None = None
+        if self.independent_batches:
+            other_residual = curvature.linearise(losses.lower, at).residual
         linearised = curvature.linearise(losses.lower, at, reusable=self.rule.probes(state))
+        if other_residual is not None:
+            linearised = linearised._replace(residual=other_residual)
         cost = curvature.product_cost
-        return evaluate_residual(self.rule, state, at, upper, linearised, cost, reduce)
+        evaluation = evaluate_residual(self.rule, state, at, upper, linearised, cost, reduce)
+        return evaluation._replace(cost=evaluation.cost + self.independent_batches)
