@@ -22,12 +22,14 @@ def test_public_names():
         "FiniteDifference",
         "LeastSquares",
         "Metrics",
+        "MinimizeResult",
         "NonFiniteError",
         "NondeterministicClosureError",
         "PenaltyBilevelOptimizer",
         "Stationarity",
         "UnusedParameterError",
         "functional",
+        "minimize",
     ]
     assert all(hasattr(tpb, name) for name in tpb.__all__)
     assert (PACKAGE / "py.typed").exists()
@@ -75,6 +77,18 @@ def test_functional_signatures():
     )
 
 
+def test_minimize_signature():
+    found = parameters(tpb.minimize)
+    assert list(found)[:4] == ["upper_loss", "lower_loss", "upper", "lower"]
+    assert {k: default for k, (keyword, default) in found.items() if keyword} == {
+        "upper_constraint": None,
+        "lower_constraint": None,
+        "tolerance": 1e-8,
+        "max_evaluations": 20000,
+        "callback": None,
+    }
+
+
 # What each module may import from the package; the listing reads bottom-up.
 LAYERS = {
     "errors": set(),
@@ -96,6 +110,7 @@ LAYERS = {
     "closures": {"buffers", "curvature", "levels", "penalties", "tensors"},
     "checks": {"curvature", "errors", "graph", "penalties", "tensors"},
     "functional": {"curvature", "errors", "linear_solve", "tensors"},
+    "solve": {"curvature", "errors", "graph", "linear_solve"},
     "optimizer": {
         "checks",
         "closures",

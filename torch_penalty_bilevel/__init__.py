@@ -16,6 +16,8 @@ from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
 from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
 from .penalties import Stationarity as Stationarity
+from .solve import MinimizeResult as MinimizeResult
+from .solve import minimize as minimize
 
 __version__ = "0.1.0"
 
@@ -28,10 +30,12 @@ __all__ = [
     "FiniteDifference",
     "LeastSquares",
     "Metrics",
+    "MinimizeResult",
     "NonFiniteError",
     "NondeterministicClosureError",
     "PenaltyBilevelOptimizer",
     "Stationarity",
     "UnusedParameterError",
     "functional",
+    "minimize",
 ]

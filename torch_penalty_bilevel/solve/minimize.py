@@ -1,0 +1,232 @@
+r"""Deterministic bilevel minimisation: a feasible trust-region Newton method in the reduced space.
+
+.. math:: \min_u f(u, v) \quad\text{where}\quad v \in \arg\min_v g(u, v)
+
+Iterates stay on the manifold r = grad_v g = 0, H = d2g/dv2 >= 0: only Newton's method on the lower
+level ever moves v there. On it f is minimised with its exact gradient and Hessian (``reduced``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .losses import Exhausted, Losses, PureLoss
+from .lower import RUNAWAY, is_minimiser, solve_lower
+from .reduced import Move, Point, attempt, escapes, linearise, newton_step, other_minimiser
+from .result import MESSAGES, MinimizeResult
+
+POLISH = 5  # steps after the gradient test, until the step test holds too
+ESCAPES = 5  # saddle points of f left at most
+SLOW = 8  # slow lower steps in a row that betray a vanishing H
+
+U = TypeVar("U")
+V = TypeVar("V")
+Callback = Callable[[MinimizeResult], Any]
+
+
+def minimize(
+    upper_loss: PureLoss,
+    lower_loss: PureLoss,
+    upper: U,
+    lower: V,
+    *,
+    upper_constraint: Any = None,
+    lower_constraint: Any = None,
+    tolerance: float = 1e-8,
+    max_evaluations: int = 20000,
+    callback: Callback | None = None,
+) -> MinimizeResult:
+    r"""Solve a deterministic bilevel problem to the end, as ``scipy.optimize.minimize`` would.
+
+    A local method: it finds a u near the start at which f(u, v(u)) is stationary with no negative
+    curvature, v(u) being the branch of lower minimisers that the start leads to. Where the
+    minimiser is not isolated, f chooses (optimistically). At the end a few random starts of v look
+    for a better lower minimiser; see ``status``.
+
+    Args:
+        upper_loss: f(upper, lower), 0-d, pure, twice differentiable.
+        lower_loss: g(upper, lower), 0-d, pure, three times differentiable.
+        upper: pytree u of tensors, the start; not modified.
+        lower: pytree v of tensors, the start; not modified.
+        upper_constraint: not available yet; must be None.
+        lower_constraint: not available yet; must be None.
+        tolerance: bound on the hypergradient's norm over ||grad_u f|| + ||J q||, and on the last
+            Newton step over 1 + ||u||; v is solved a hundred times finer. At least 100 roundings of
+            the parameters' dtype are used.
+        max_evaluations: losses with gradients and Hessian products at most.
+        callback: called with the result so far after every accepted step; True stops.
+
+    Raises:
+        NonFiniteError: a loss or a derivative is not finite where it must be.
+        UnusedParameterError: an upper tensor on which nothing depends.
+        DoubleBackwardError: an operation cannot be differentiated often enough.
+        ValueError: an argument out of range.
+        TypeError: losses that are not callable, leaves that are not floating-point tensors.
+
+    Example:
+        >>> import torch
+        >>> from torch_penalty_bilevel import minimize
+        >>> start = torch.zeros((), dtype=torch.float64)
+        >>> result = minimize(
+        ...     lambda u, v: (v - 1) ** 2 + u**2, lambda u, v: (v - 2 * u) ** 2, start, start
+        ... )
+        >>> round(float(result.upper), 6), round(float(result.lower), 6), result.status
+        (0.4, 0.8, 'converged')
+    """
+    _check(upper_loss, lower_loss, tolerance, max_evaluations, callback)
+    if upper_constraint is not None or lower_constraint is not None:
+        raise NotImplementedError("minimize does not take constraints yet; pass None")
+    losses = Losses(upper_loss, lower_loss, upper, lower, max_evaluations)
+    losses.check_dependence()
+    solver = _Solver(losses, max(tolerance, 100 * losses.eps), callback)
+    status = solver.run()
+    return solver.result(status)
+
+
+def _check(f: Any, g: Any, tolerance: float, max_evaluations: int, callback: Any) -> None:
+    for name, value in (("upper_loss", f), ("lower_loss", g), ("callback", callback or _check)):
+        if not callable(value):
+            raise TypeError(f"{name} must be callable, got {value!r}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
+    if not max_evaluations >= 1:
+        raise ValueError(f"max_evaluations must be >= 1, got {max_evaluations}")
+
+
+@dataclass
+class _Solver:
+    losses: Losses
+    tolerance: float
+    callback: Callback | None
+    at: Point | None = None
+    iterations: int = 0
+    slow: int = 0
+    note: str = ""
+
+    def run(self) -> str:
+        try:
+            status = self.iterate(self.tolerance)
+        except Exhausted:
+            return "budget"
+        return self.second_look(status)
+
+    def second_look(self, status: str) -> str:
+        """Is there a better lower minimiser at the end?"""
+        if self.at is None or status not in ("converged", "stalled", "flat_upper"):
+            return status
+        try:
+            return other_minimiser(self.losses, self.at) or status
+        except Exhausted:
+            self.note += "; no evaluations were left to look for other lower minimisers"
+            return status
+
+    def iterate(self, tolerance: float) -> str:
+        """Trust region on f along the manifold; the status it ends with."""
+        losses, fine = self.losses, 1e-2 * tolerance
+        low = solve_lower(losses, losses.u, losses.v, fine)
+        self.slow = low.slow
+        if not math.isfinite(low.model.value) or float(low.v.norm()) > RUNAWAY:
+            return "lower_not_solved"
+        at = self.at = linearise(losses, losses.u, low)
+        if not low.converged or not is_minimiser(at.H, losses.eps):
+            return "lower_not_solved"
+        region, first, escaped = _Region(), max(at.scale, at.slope), 0
+        while True:
+            status = self.step(region, first, tolerance)
+            if status in ("converged", "flat_upper") and escaped < ESCAPES:
+                escaped += 1
+                if self.escape(fine):
+                    region = _Region()
+                    continue
+            if status is not None:
+                return status
+
+    def step(self, region: _Region, first: float, tolerance: float) -> str | None:
+        """One trust-region step; None to go on."""
+        at, losses = self.at, self.losses
+        assert at is not None
+        self.iterations += 1
+        size, scale, unit = float(at.gradient.norm()), max(at.scale, 1e-2 * first), 1 + _norm(at.u)
+        if size <= 1e-14 * first:
+            return "converged"
+        small = size <= tolerance * scale
+        forcing = 1e-3 if small else min(0.1, math.sqrt(size / scale))
+        move = newton_step(losses, at, region.radius, forcing)
+        step, length = move.step, _norm(move.step.value)
+        close = step.interior and length <= tolerance * unit
+        if small and (close or region.polish >= POLISH):
+            return "converged" if close else "flat_upper"
+        if _norm(move.u) > RUNAWAY:
+            return "unbounded"
+        ratio = self.attempt(move, 1e-2 * tolerance)
+        if ratio == -math.inf:
+            return "unbounded"
+        if ratio is not None:
+            region.polish += small
+            if ratio > 0.75 and not step.interior:
+                region.radius *= 4 if abs(ratio - 1) < 0.1 else 2
+            return "stopped" if self.report() else None
+        if small:
+            rounding = step.decrease <= 1e3 * losses.eps * abs(at.f)
+            return "converged" if close or rounding else "flat_upper"
+        region.radius = 0.25 * min(length, region.radius)
+        return "stalled" if region.radius <= 1e-10 * unit else None
+
+    def attempt(self, move: Move, fine: float) -> float | None:
+        """The ratio of true to predicted decrease; None: refused; -inf: f is -inf there."""
+        assert self.at is not None
+        trial = attempt(self.losses, self.at, move, fine)
+        self.slow = max(self.slow, trial.slow)
+        if trial.value == -math.inf:
+            return -math.inf
+        if trial.at is None:
+            return None
+        self.at = trial.at
+        return trial.ratio
+
+    def escape(self, fine: float) -> bool:
+        """Leave a saddle point of f; False where there is none to leave."""
+        assert self.at is not None
+        tiny = 1e3 * self.losses.eps * abs(self.at.f)
+        moves = (m for m in escapes(self.losses, self.at) if m.step.decrease > tiny)
+        return any(self.attempt(m, fine) is not None for m in moves)
+
+    def report(self) -> bool:
+        """Tell the callback; does it want to stop?"""
+        return self.callback is not None and self.callback(self.result("running")) is True
+
+    def result(self, status: str) -> MinimizeResult:
+        losses, at, message = self.losses, self.at, MESSAGES[status] + self.note
+        as_upper, as_lower = losses.upper_level.tree, losses.lower_level.tree
+        count, nan = losses.count, math.nan
+        if at is None:
+            blank = as_lower(nan * losses.v)
+            return MinimizeResult(
+                as_upper(losses.u), as_lower(losses.v), blank, nan, nan, nan, nan, nan, count,
+                self.iterations, status, message,
+            )  # fmt: skip
+        if self.slow >= SLOW:
+            message += "; flat lower level: H vanishes at its minimiser, the multiplier is unbounded"
+        if at.H.nullity:
+            message += "; the lower minimiser is not unique: v has the smallest upper loss nearby"
+        residual, adjoint, gradient = at.low.model.residual, at.grad_v, at.grad_u
+        return MinimizeResult(
+            as_upper(at.u.clone()), as_lower(at.low.v.clone()), as_lower(at.q), at.f,
+            at.low.model.value, _norm(residual), _norm(adjoint), _norm(gradient), count,
+            self.iterations, status, message,
+        )  # fmt: skip
+
+
+@dataclass
+class _Region:
+    """The trust region, and how many steps were taken since the gradient test held."""
+
+    radius: float = 1.0
+    polish: int = 0
+
+
+def _norm(x: Any) -> float:
+    return float(x.norm())
