@@ -146,6 +146,11 @@ def conjugate_residual(
         previous, rho = rho, float(rest @ rest_image)
         direction = rest + (rho / previous) * direction
         image = rest_image + (rho / previous) * image
+    size = float(rest @ rest)
+    if (
+        size > bound**2
+    ):  # x is a polynomial in A times b, so its part in the kernel is along the rest
+        x = x - (float(x @ rest) / size) * rest
     return x, rest
 
 
@@ -172,9 +177,9 @@ def lanczos_lowest(
     basis, images = [x / x.norm()], list[Tensor]()
     for _ in range(min(steps, like.numel())):
         images.append(product(basis[-1]))
-        Q = torch.stack(basis)
-        rest = images[-1] - Q.T @ (Q @ images[-1])
-        rest = rest - Q.T @ (Q @ rest)
+        rest = images[-1]
+        for _ in range(2):  # once more: rounding
+            rest = rest - torch.stack(basis).T @ (torch.stack(basis) @ rest)
         if float(rest.norm()) <= 1e-12 * float(images[0].norm()):
             break
         basis.append(rest / rest.norm())

@@ -76,10 +76,10 @@ class Spectral:
         diagonal = H.diagonal().abs()
         top = float(diagonal.max()) or float(H.abs().max()) or 1.0
         units = 1 / torch.where(diagonal > EPS * top, diagonal, top).sqrt()
-        w, V = torch.linalg.eigh(units[:, None] * H * units)
+        w, rotation = torch.linalg.eigh(units[:, None] * H * units)
         scale = float(w.abs().max())
         self.lowest = float(w[0]) / scale if scale > 0 else 0.0
-        V = units[:, None] * V
+        V = units[:, None] * rotation
         self.escape = V[:, 0] / V[:, 0].norm()
         kept = w.abs() > self.flat * scale
         self._kernel = torch.linalg.qr(V[:, ~kept]).Q

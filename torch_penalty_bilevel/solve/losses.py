@@ -99,7 +99,9 @@ class Losses:
         count: evaluations so far.
     """
 
-    def __init__(self, upper_loss: PureLoss, lower_loss: PureLoss, upper: Any, lower: Any, limit: float):
+    def __init__(
+        self, upper_loss: PureLoss, lower_loss: PureLoss, upper: Any, lower: Any, limit: float
+    ):
         self._f, self._g = upper_loss, lower_loss
         self.upper_level, self.lower_level = Level("upper", upper), Level("lower", lower)
         device = self.lower_level.leaves[0].device
@@ -117,7 +119,7 @@ class Losses:
         self.count += evaluations
 
     def upper(self, u: Tensor, v: Tensor) -> UpperModel:
-        """f and its gradient; values that are not finite pass through."""
+        """The upper loss with its gradient; values that are not finite pass through."""
         self.spend()
         with _differentiating("upper"):
             u, v = _variable(u), _variable(v)
@@ -125,7 +127,7 @@ class Losses:
             return UpperModel(float(f.detach()), *_grad(f, (u, v)))
 
     def lower(self, u: Tensor, v: Tensor) -> LowerModel:
-        """g and its products; g and r that are not finite pass through, products do not."""
+        """The lower loss and its products; g and r that are not finite pass, products do not."""
         self.spend()
         with _differentiating("lower"):
             u, v = _variable(u), _variable(v)
@@ -232,7 +234,7 @@ def _variable(x: Tensor) -> Tensor:
 def _grad(out: Tensor, of: tuple[Tensor, ...], cotangent: Tensor | None = None, **how: Any) -> Any:
     if not out.requires_grad:
         return tuple(torch.zeros_like(t) for t in of)
-    grads = torch.autograd.grad(out, of, cotangent, allow_unused=True, **how)
+    grads: Any = torch.autograd.grad(out, of, cotangent, allow_unused=True, **how)
     return tuple(torch.zeros_like(t) if d is None else d for d, t in zip(grads, of, strict=True))
 
 
@@ -261,5 +263,5 @@ def _jacobian(r: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _reached(out: Tensor, leaves: list[Tensor]) -> list[bool]:
     if not out.requires_grad:
         return [False] * len(leaves)
-    grads = torch.autograd.grad(out.sum(), leaves, allow_unused=True, retain_graph=True)
+    grads: Any = torch.autograd.grad(out.sum(), leaves, allow_unused=True, retain_graph=True)
     return [g is not None for g in grads]

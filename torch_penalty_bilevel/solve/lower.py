@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .hessian import Hessian, Krylov, hessian_of
-from .losses import LowerModel, Losses, require_finite
+from .losses import Losses, LowerModel, require_finite
 from .trust_region import FLAT, Step, steihaug
 
 SADDLE = -1e-9  # lowest eigenvalue over the largest: under this, v is no minimiser
@@ -55,6 +55,8 @@ def descend(
     """
     last = losses.count + budget
     model, radius = losses.lower(u, v), 1 + float(v.norm())
+    if not _finite(model):
+        return Lowered(v, model, False, 0)
     slow, previous, largest = 0, math.inf, 0.0 if H is None else H.curvature
     refused = math.inf  # length of the first of the refused steps in a row
     while losses.count < last:
@@ -88,7 +90,6 @@ def descend(
 
 
 def _newton(model: LowerModel, v: Tensor, H: Hessian | None, radius: float, largest: float) -> Step:
-    require_finite("the lower residual grad_v g", model.residual)
     limit = 2 * v.numel() + 10
     if H is None:
         return steihaug(
@@ -113,14 +114,17 @@ def _finite(model: LowerModel) -> bool:
 def solve_lower(losses: Losses, u: Tensor, v: Tensor, tolerance: float) -> Lowered:
     """A minimiser of g(u, .) near v, never a saddle or a maximiser: those are escaped from."""
     low = descend(losses, u, v, tolerance=1e-3)
+    require_finite("the lower loss at the start", v.new_tensor(low.model.value))
+    require_finite("the lower residual grad_v g at the start", low.model.residual)
     for _ in range(20):
         if float(low.v.norm()) > RUNAWAY:
             return low
         H = hessian_of(low.model, u, torch.ones_like(v), losses.eps)
         if not is_minimiser(H, losses.eps):
             away = (1 + float(low.v.norm())) * 0.1 * H.escape
-            ends = [low.v + away, low.v - away]
-            low = descend(losses, u, min(ends, key=lambda x: losses.lower(u, x).value), tolerance=1e-3)
+            up, down = low.v + away, low.v - away
+            downhill = losses.lower(u, up).value <= losses.lower(u, down).value
+            low = descend(losses, u, up if downhill else down, tolerance=1e-3)
             continue
         low = descend(losses, u, low.v, H, tolerance=tolerance)
         if low.converged or isinstance(H, Krylov):

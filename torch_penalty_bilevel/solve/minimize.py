@@ -11,27 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from .losses import Exhausted, Losses, PureLoss
 from .lower import RUNAWAY, is_minimiser, solve_lower
 from .reduced import Move, Point, attempt, escapes, linearise, newton_step, other_minimiser
 from .result import MESSAGES, MinimizeResult
 
+BOTTOM = -1e100  # upper losses under this count as minus infinity
 POLISH = 5  # steps after the gradient test, until the step test holds too
 ESCAPES = 5  # saddle points of f left at most
 SLOW = 8  # slow lower steps in a row that betray a vanishing H
 
-U = TypeVar("U")
-V = TypeVar("V")
 Callback = Callable[[MinimizeResult], Any]
 
 
 def minimize(
     upper_loss: PureLoss,
     lower_loss: PureLoss,
-    upper: U,
-    lower: V,
+    upper: Any,
+    lower: Any,
     *,
     upper_constraint: Any = None,
     lower_constraint: Any = None,
@@ -128,7 +127,7 @@ class _Solver:
         losses, fine = self.losses, 1e-2 * tolerance
         low = solve_lower(losses, losses.u, losses.v, fine)
         self.slow = low.slow
-        if not math.isfinite(low.model.value) or float(low.v.norm()) > RUNAWAY:
+        if _norm(low.v) > RUNAWAY:
             return "lower_not_solved"
         at = self.at = linearise(losses, losses.u, low)
         if not low.converged or not is_minimiser(at.H, losses.eps):
@@ -139,7 +138,7 @@ class _Solver:
             if status in ("converged", "flat_upper") and escaped < ESCAPES:
                 escaped += 1
                 if self.escape(fine):
-                    region = _Region()
+                    region, first = _Region(), max(first, self.at.scale, self.at.slope)
                     continue
             if status is not None:
                 return status
@@ -159,7 +158,7 @@ class _Solver:
         close = step.interior and length <= tolerance * unit
         if small and (close or region.polish >= POLISH):
             return "converged" if close else "flat_upper"
-        if _norm(move.u) > RUNAWAY:
+        if _norm(move.u) > RUNAWAY or at.f < BOTTOM:
             return "unbounded"
         ratio = self.attempt(move, 1e-2 * tolerance)
         if ratio == -math.inf:
@@ -209,7 +208,7 @@ class _Solver:
                 self.iterations, status, message,
             )  # fmt: skip
         if self.slow >= SLOW:
-            message += "; flat lower level: H vanishes at its minimiser, the multiplier is unbounded"
+            message += "; the lower level is flat: H vanishes there, the multiplier is unbounded"
         if at.H.nullity:
             message += "; the lower minimiser is not unique: v has the smallest upper loss nearby"
         residual, adjoint, gradient = at.low.model.residual, at.grad_v, at.grad_u
