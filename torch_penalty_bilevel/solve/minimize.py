@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .barrier import Restriction, along_the_path, barrier, substituted, weakly_active
 from .losses import Exhausted, Losses, PureLoss
 from .lower import RUNAWAY, is_minimiser, solve_lower
 from .reduced import Move, Point, attempt, escapes, linearise, newton_step, other_minimiser
@@ -50,8 +54,10 @@ def minimize(
         lower_loss: g(upper, lower), 0-d, pure, three times differentiable.
         upper: pytree u of tensors, the start; not modified.
         lower: pytree v of tensors, the start; not modified.
-        upper_constraint: not available yet; must be None.
-        lower_constraint: not available yet; must be None.
+        upper_constraint: a constraint object, or a list of them: Box, NonNegative, Simplex, Ball,
+            or Inequality whose closure takes (upper, lower); holds for every tensor of the level.
+            Followed by a barrier (``barrier``) down to the weight ``tolerance``.
+        lower_constraint: likewise; part of the lower level, v minimises g within it.
         tolerance: bound on the hypergradient's norm over ||grad_u f|| + ||J q||, and on the last
             Newton step over 1 + ||u||; v is solved a hundred times finer. At least 100 roundings of
             the parameters' dtype are used.
@@ -76,13 +82,15 @@ def minimize(
         (0.4, 0.8, 'converged')
     """
     _check(upper_loss, lower_loss, tolerance, max_evaluations, callback)
-    if upper_constraint is not None or lower_constraint is not None:
-        raise NotImplementedError("minimize does not take constraints yet; pass None")
-    losses = Losses(upper_loss, lower_loss, upper, lower, max_evaluations)
-    losses.check_dependence()
-    solver = _Solver(losses, max(tolerance, 100 * losses.eps), callback)
-    status = solver.run()
-    return solver.result(status)
+    limits = (
+        Restriction("upper_constraint", upper_constraint, 0),
+        Restriction("lower_constraint", lower_constraint, 1),
+    )
+    plain = [substituted(loss, *limits) for loss in (upper_loss, lower_loss)]
+    starts = limits[0].free(upper), limits[1].free(lower)
+    losses = Losses(plain[0], plain[1], starts[0], starts[1], max_evaluations)
+    solver = _Solver(losses, max(tolerance, 100 * losses.eps), callback, limits, plain)
+    return solver.result(solver.run(upper_loss, lower_loss))
 
 
 def _check(f: Any, g: Any, tolerance: float, max_evaluations: int, callback: Any) -> None:
@@ -100,21 +108,39 @@ class _Solver:
     losses: Losses
     tolerance: float
     callback: Callback | None
+    limits: tuple[Restriction, Restriction]
+    plain: list[Any]
     at: Point | None = None
     iterations: int = 0
     slow: int = 0
     note: str = ""
 
-    def run(self) -> str:
+    def run(self, *both: PureLoss) -> str:
+        losses, limits, path, status = self.losses, self.limits, list[tuple[Tensor, Tensor]](), ""
+        values = [substituted(limit.values, *limits) for limit in limits if limit]
+        last = math.ceil(-math.log10(self.tolerance)) if values else 0
         try:
-            status = self.iterate(self.tolerance)
+            for phase in range(last + 1):
+                tau = 10.0**-phase
+                barred = [barrier(loss, h, tau) for loss, h in zip(both, limits, strict=True)]
+                losses.use(*(substituted(loss, *limits) for loss in barred))
+                if phase == 0:
+                    losses.check_dependence()
+                final = phase == last
+                status = self.iterate(self.tolerance if final else max(1e-2 * tau, self.tolerance))
+                if self.at is None or status in ("stopped", "unbounded", "lower_not_solved"):
+                    return status
+                path = [*path[-1:], (self.at.u, self.at.low.v)]
+                losses.u, losses.v = along_the_path(losses, path, values)
         except Exhausted:
             return "budget"
+        if status == "converged" and weakly_active(losses, *path[-1], values, 10.0**-last):
+            status = "weakly_active"
         return self.second_look(status)
 
     def second_look(self, status: str) -> str:
         """Is there a better lower minimiser at the end?"""
-        if self.at is None or status not in ("converged", "stalled", "flat_upper"):
+        if self.at is None or status not in ("converged", "stalled", "flat_upper", "weakly_active"):
             return status
         try:
             return other_minimiser(self.losses, self.at) or status
@@ -199,10 +225,16 @@ class _Solver:
 
     def result(self, status: str) -> MinimizeResult:
         losses, at, message = self.losses, self.at, MESSAGES[status] + self.note
-        as_upper, as_lower = losses.upper_level.tree, losses.lower_level.tree
         count, nan = losses.count, math.nan
+
+        def as_upper(u: Tensor) -> Any:
+            return self.limits[0].inside(losses.upper_level.tree(u))
+
+        def as_lower(v: Tensor) -> Any:
+            return self.limits[1].inside(losses.lower_level.tree(v))
+
         if at is None:
-            blank = as_lower(nan * losses.v)
+            blank = self.limits[1].direction(losses.lower_level.tree(nan * losses.v))
             return MinimizeResult(
                 as_upper(losses.u), as_lower(losses.v), blank, nan, nan, nan, nan, nan, count,
                 self.iterations, status, message,
@@ -212,10 +244,15 @@ class _Solver:
         if at.H.nullity:
             message += "; the lower minimiser is not unique: v has the smallest upper loss nearby"
         residual, adjoint, gradient = at.low.model.residual, at.grad_v, at.grad_u
+        q, f, g = self.limits[1].direction(losses.lower_level.tree(at.q)), at.f, at.low.model.value
+        if any(self.limits):  # without the barrier
+            with torch.no_grad():
+                trees = losses.upper_level.tree(at.u), losses.lower_level.tree(at.low.v)
+                f, g = (float(loss(*trees)) for loss in self.plain)
         return MinimizeResult(
-            as_upper(at.u.clone()), as_lower(at.low.v.clone()), as_lower(at.q), at.f,
-            at.low.model.value, _norm(residual), _norm(adjoint), _norm(gradient), count,
-            self.iterations, status, message,
+            as_upper(at.u.clone()), as_lower(at.low.v.clone()), q, f, g,
+            _norm(residual), _norm(adjoint), _norm(gradient), count, self.iterations,
+            status, message,
         )  # fmt: skip
 
 

@@ -30,6 +30,11 @@ MESSAGES = {
         "is not smooth, or a lower solution that jumps; check upper_grad_norm, and start elsewhere "
         "or smooth the losses"
     ),
+    "weakly_active": (
+        "converged, but a constraint is nearly active with a multiplier near zero, as where a "
+        "solution sits on a kink: the barrier leaves an error up to about sqrt(tolerance) there; "
+        "lower tolerance, or drop the constraint if it is not needed"
+    ),
     "unbounded": (
         "the upper loss falls without bound along the lower solutions; bound or regularise upper"
     ),
@@ -40,6 +45,9 @@ MESSAGES = {
 @dataclass(frozen=True)
 class MinimizeResult:
     """A bilevel solution and its certificate.
+
+    With constraints the norms are those of the barrier problem, whose multipliers are those of the
+    constraints; the losses are without the barrier.
 
     Attributes:
         upper: u, structured like the start.
@@ -54,7 +62,7 @@ class MinimizeResult:
             differentiate g three times count two.
         iterations: trust-region steps tried.
         status: "converged", "flat_upper", "lower_tie", "lower_not_global", "lower_not_solved",
-            "budget", "stalled", "unbounded" or "stopped"; "running" in a callback.
+            "weakly_active", "budget", "stalled", "unbounded" or "stopped"; "running" in a callback.
         message: what happened and what to try.
     """
 
