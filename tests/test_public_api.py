@@ -24,6 +24,7 @@ def test_public_names():
         "HypergradientReport",
         "LeastSquares",
         "Metrics",
+        "MinimizeResult",
         "NonFiniteError",
         "NondeterministicClosureError",
         "PenaltyBilevelOptimizer",
@@ -31,6 +32,7 @@ def test_public_names():
         "UnusedParameterError",
         "ValueGap",
         "functional",
+        "minimize",
     ]
     assert all(hasattr(tpb, name) for name in tpb.__all__)
     assert (PACKAGE / "py.typed").exists()
@@ -86,6 +88,18 @@ def test_functional_signatures():
     )
 
 
+def test_minimize_signature():
+    found = parameters(tpb.minimize)
+    assert list(found)[:4] == ["upper_loss", "lower_loss", "upper", "lower"]
+    assert {k: default for k, (keyword, default) in found.items() if keyword} == {
+        "upper_constraint": None,
+        "lower_constraint": None,
+        "tolerance": 1e-8,
+        "max_evaluations": 20000,
+        "callback": None,
+    }
+
+
 # What each module may import from the package; the listing reads bottom-up.
 LAYERS = {
     "errors": set(),
@@ -137,6 +151,7 @@ LAYERS = {
         "report",
         "tensors",
     },
+    "solve": {"curvature", "errors", "graph", "linear_solve"},
     "optimizer": {
         "borrowed",
         "buffers",

@@ -19,6 +19,8 @@ from .penalties import FixedPoint as FixedPoint
 from .penalties import Stationarity as Stationarity
 from .penalties import ValueGap as ValueGap
 from .report import HypergradientReport as HypergradientReport
+from .solve import MinimizeResult as MinimizeResult
+from .solve import minimize as minimize
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,7 @@ __all__ = [
     "HypergradientReport",
     "LeastSquares",
     "Metrics",
+    "MinimizeResult",
     "NonFiniteError",
     "NondeterministicClosureError",
     "PenaltyBilevelOptimizer",
@@ -40,4 +43,5 @@ __all__ = [
     "UnusedParameterError",
     "ValueGap",
     "functional",
+    "minimize",
 ]

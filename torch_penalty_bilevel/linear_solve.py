@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from .tensors import Tensors, axpy, dot, norm, scale
 
 
@@ -155,3 +158,87 @@ def _breakdown(curvature: float) -> str:
         f"curvature {curvature:.3g} along a search direction: the Hessian is not positive definite "
         "there; minimise the lower level further, or add damping"
     )
+
+
+def conjugate_residual(
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,
+    *,
+    tolerance: float = 1e-11,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor]:
+    r"""Least squares for symmetric positive semidefinite A, perhaps singular (Stiefel, 1955).
+
+    Args:
+        product: x -> A x, on one vector.
+        right: b.
+        tolerance: bound on ||b - A x||_2 / ||b||_2.
+        max_iterations: products at most.
+
+    Returns:
+        The x of least norm that minimises ||b - A x||, and the rest b - A x, which is the part of b
+        in the kernel of A.
+
+    Example:
+        >>> A = torch.tensor([2.0, 0.0])
+        >>> conjugate_residual(lambda x: A * x, torch.tensor([4.0, 3.0]), max_iterations=9)
+        (tensor([2., 0.]), tensor([0., 3.]))
+    """
+    x, rest = torch.zeros_like(right), right
+    direction, image = rest, product(rest)
+    rest_image, rho = image, float(rest @ image)
+    largest, bound = 0.0, tolerance * float(right.norm())
+    for _ in range(max_iterations):
+        size = float(rest.norm())
+        if size <= bound:
+            break
+        largest = max(largest, float(rest_image.norm()) / size)
+        if not rho > 1e-14 * largest * size**2:  # the rest is in the kernel
+            break
+        step = rho / float(image @ image)
+        x, rest = x + step * direction, rest - step * image
+        rest_image = product(rest)
+        previous, rho = rho, float(rest @ rest_image)
+        direction = rest + (rho / previous) * direction
+        image = rest_image + (rho / previous) * image
+    size = float(rest @ rest)
+    if (
+        size > bound**2
+    ):  # x is a polynomial in A times b, so its part in the kernel is along the rest
+        x = x - (float(x @ rest) / size) * rest
+    return x, rest
+
+
+def lanczos_lowest(
+    product: Callable[[Tensor], Tensor], like: Tensor, *, steps: int = 30
+) -> tuple[float, Tensor]:
+    """The lowest Ritz value over the one largest in size, and its vector (Lanczos, 1950).
+
+    From a fixed random vector, with full reorthogonalisation.
+
+    Args:
+        product: x -> A x, A symmetric.
+        like: a vector with the size, dtype and device of x.
+        steps: products at most.
+
+    Example:
+        >>> A = torch.tensor([-1.0, 1.0, 4.0])
+        >>> ratio, vector = lanczos_lowest(lambda x: A * x, torch.zeros(3))
+        >>> round(ratio, 4), vector.abs().round(decimals=4)
+        (-0.25, tensor([1., 0., 0.]))
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(like.numel(), dtype=torch.float64, generator=generator).to(like)
+    basis, images = [x / x.norm()], list[Tensor]()
+    for _ in range(min(steps, like.numel())):
+        images.append(product(basis[-1]))
+        rest = images[-1]
+        for _ in range(2):  # once more: rounding
+            rest = rest - torch.stack(basis).T @ (torch.stack(basis) @ rest)
+        if float(rest.norm()) <= 1e-12 * float(images[0].norm()):
+            break
+        basis.append(rest / rest.norm())
+    Q = torch.stack(basis[: len(images)])
+    T = Q @ torch.stack(images).T
+    values, vectors = torch.linalg.eigh((T + T.T) / 2)
+    return float(values[0] / values.abs().max().clamp_min(1e-300)), Q.T @ vectors[:, 0]

@@ -1,0 +1,107 @@
+"""``minimize`` on the analytic problems of ``torch_penalty_bilevel.testing``, one configuration.
+
+    python benchmarks/suite.py                   # the table of benchmarks/README.md
+    python benchmarks/suite.py smd20 coreset --starts 3
+
+Per problem, over random starts: the worst error (distance to the nearest solution over
+max(1, ||solution||)), the worst gap f - f*, median and largest number of evaluations, the longest
+run, and how the runs ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torch_penalty_bilevel import MinimizeResult, minimize, testing
+
+try:
+    from torch_penalty_bilevel.constraints import Box, Inequality
+except ImportError:
+    Box = Inequality = None  # type: ignore[assignment,misc]
+
+
+def lower_loss(problem: testing.Problem, u: Tensor, v: Tensor) -> Tensor:
+    """g; for an equilibrium v = Phi(u, v) the loss |v - Phi|^2 / 2."""
+    if problem.lower_loss is not None:
+        return problem.lower_loss(u, v)
+    assert problem.lower_map is not None
+    return (v - problem.lower_map(u, v)).square().sum() / 2
+
+
+def constrained(problem: testing.Problem) -> bool:
+    """Does the problem have a box or an inequality?"""
+    limits = (problem.upper_box, problem.lower_box, problem.h_upper, problem.h_lower)
+    return any(limit is not None for limit in limits)
+
+
+def restriction(box: testing.protocol.Bounds | None, h: testing.protocol.Loss | None) -> list[Any]:
+    """A level's constraints as objects of the package."""
+    parts = [] if box is None else [Box(*box)]
+    return parts if h is None else [*parts, Inequality(h)]
+
+
+def run(problem: testing.Problem, seed: int, budget: int) -> tuple[MinimizeResult, float]:
+    """One solve and its seconds."""
+    u, v = problem.start(torch.Generator().manual_seed(seed))
+    began = time.perf_counter()
+    result = minimize(
+        problem.upper_loss,
+        lambda u, v: lower_loss(problem, u, v),
+        u,
+        v,
+        max_evaluations=budget,
+        upper_constraint=restriction(problem.upper_box, problem.h_upper) or None,
+        lower_constraint=restriction(problem.lower_box, problem.h_lower) or None,
+    )
+    return result, time.perf_counter() - began
+
+
+def row(problem: testing.Problem, starts: int, budget: int) -> str:
+    """A line of the table."""
+    if constrained(problem) and Box is None:
+        return f"| {problem.name} | - | - | - | - | no module of constraints |"
+    runs = [run(problem, seed, budget) for seed in range(starts)]
+    results = [r for r, _ in runs]
+    error = max(float(problem.error(r.upper, r.lower)) for r in results)
+    gap = max(r.upper_loss - problem.optimal_value for r in results)
+    counts = [r.evaluations for r in results]
+    ends = collections.Counter(r.status for r in results).most_common()
+    return (
+        f"| {problem.name} | {error:.1e} | {gap:.1e} | {statistics.median(counts):.0f} / "
+        f"{max(counts)} | {max(s for _, s in runs):.2f} | "
+        f"{', '.join(f'{status} {n}' for status, n in ends)} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="problems; default: all")
+    parser.add_argument("--starts", type=int, default=10, help="random starts per problem")
+    parser.add_argument("--budget", type=int, default=5000, help="evaluations per run")
+    options = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    problems = [testing.get(name) for name in options.names or testing.names()]
+    rows = [row(p, options.starts, options.budget) for p in tqdm(problems, unit="problem")]
+    print("\n| problem | error | f - f* | evaluations, median / max | seconds | ends |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(rows))
+    print(
+        f"\n{options.starts} starts each; torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.machine()}, 1 thread"
+    )
+
+
+if __name__ == "__main__":
+    main()
