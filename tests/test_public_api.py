@@ -27,6 +27,7 @@ def test_public_names():
         "PenaltyBilevelOptimizer",
         "Stationarity",
         "UnusedParameterError",
+        "constraints",
         "functional",
     ]
     assert all(hasattr(tpb, name) for name in tpb.__all__)
@@ -53,6 +54,8 @@ def test_optimizer_signature():
         "curvature": "auto",
         "reduce": None,
         "allow_unused": False,
+        "upper_constraint": None,
+        "lower_constraint": None,
     }
     for half in ("step", "lower_step", "upper_step"):
         signature = inspect.signature(getattr(tpb.PenaltyBilevelOptimizer, half))
@@ -86,12 +89,15 @@ LAYERS = {
     "composite": {"levels"},
     "transaction": {"buffers", "randomness"},
     "linear_solve": {"tensors"},
-    "evaluation": {"errors", "tensors"},
+    "faces": {"tensors"},
+    "constraints": {"faces"},
+    "evaluation": {"errors", "faces", "tensors"},
     "metrics": {"evaluation"},
     "dual": {"evaluation", "tensors"},
     "multipliers": {"dual", "evaluation", "tensors"},
     "curvature": {"errors", "graph", "randomness", "tensors"},
-    "penalties": {"curvature", "dual", "evaluation", "multipliers", "tensors"},
+    "restrictions": {"constraints", "evaluation", "faces", "levels", "tensors"},
+    "penalties": {"curvature", "dual", "evaluation", "faces", "multipliers", "tensors"},
     "closures": {"buffers", "curvature", "levels", "penalties", "tensors"},
     "checks": {"curvature", "errors", "graph", "penalties", "tensors"},
     "functional": {"curvature", "errors", "linear_solve", "tensors"},
@@ -106,6 +112,7 @@ LAYERS = {
         "metrics",
         "penalties",
         "randomness",
+        "restrictions",
         "tensors",
         "transaction",
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -52,6 +52,44 @@ class DualState(NamedTuple):
             multiplier=self.multiplier + zeros_for(new),
             probe=self.probe + zeros_for(new) if self.probe else (),
         )
+
+    # Checkpoints.
+
+    def saved(self) -> dict[str, Any]:
+        """Entries of a state dict; tensors are not copied."""
+        return {
+            "multiplier": list(self.multiplier),
+            "probe": list(self.probe),
+            "scalars": dict(self.scalars),
+            "lower_steps": self.steps,
+        }
+
+    def check(self, entries: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if ``entries`` were saved for other parameters or another rule."""
+        saved = [tuple(t.shape) for t in entries["multiplier"]]
+        here = [tuple(t.shape) for t in self.multiplier]
+        if saved != here:
+            raise ValueError(f"the checkpoint's multiplier has shapes {saved}, expected {here}")
+        if entries["scalars"].keys() != self.scalars.keys():
+            raise ValueError(
+                f"the checkpoint holds {sorted(entries['scalars'])}, this rule needs "
+                f"{sorted(self.scalars)}; construct with the rule that made it"
+            )
+
+    def loaded(self, entries: dict[str, Any]) -> DualState:
+        """The state behind ``entries``, placed like this one."""
+        return DualState(
+            placed(entries["multiplier"], self.multiplier),
+            placed(entries["probe"], self.probe),
+            dict(entries["scalars"]),
+            entries["lower_steps"],
+        )
+
+
+def placed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
+    """Copies of ``tensors`` with the devices and dtypes of ``like``."""
+    pairs = zip(tensors, like, strict=True)
+    return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
 
 
 class MultiplierRule(Protocol):

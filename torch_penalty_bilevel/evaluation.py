@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
+from .faces import Faces
 from .tensors import OptionalTensors, Tensors, norms
 
 
@@ -34,6 +35,10 @@ class Evaluation(NamedTuple):
     """||H q||_2 of each lower tensor, 0-d."""
     probe_product: Tensors
     """H times the unit direction asked for by the multiplier rule; empty if it asked for none."""
+    lower_face: Faces = Faces()
+    """The critical face of v; the vectors above lie in its span."""
+    upper_face: Faces = Faces()
+    """The critical face of u."""
 
 
 class Norms(NamedTuple):

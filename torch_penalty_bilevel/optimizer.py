@@ -14,12 +14,13 @@ from . import curvature as engines
 from .checks import check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
 from .curvature import Automatic, Curvature, VectorJacobian
-from .dual import DualState
+from .dual import placed
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
+from .restrictions import Constraint, Restriction
 from .tensors import Pair, Tensors, zeros_for
 from .transaction import all_or_nothing
 
@@ -73,6 +74,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             parameter order or, for parameters given with names, a dict) or an object.
         reduce: averages a tuple of tensors over workers; default: one worker.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
+        upper_constraint: an object of ``constraints`` that every upper tensor obeys after each
+            step; ``p.grad`` is then the part of the hypergradient that feasible motion can follow.
+        lower_constraint: likewise; the hypergradient is that of the constrained lower problem.
 
     Raises:
         ValueError, TypeError: at construction, naming the argument, its value and the remedy.
@@ -99,6 +103,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "curvature",
         "reduce",
         "allow_unused",
+        "_upper_set",
+        "_lower_set",
         "metrics",
         "_dual",
         "_adjoint",
@@ -120,6 +126,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         curvature: str | Curvature = "auto",
         reduce: Reduce | None = None,
         allow_unused: bool = False,
+        upper_constraint: Constraint | None = None,
+        lower_constraint: Constraint | None = None,
     ) -> None:
         _check_count("lower_steps", lower_steps, at_least=1)
         _check_count("warmup_steps", warmup_steps, at_least=0)
@@ -137,6 +145,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self.curvature = engines.resolve(curvature)
         self.reduce: Reduce = reduce or _identity
         self.allow_unused = bool(allow_unused)
+        self._upper_set = Restriction("upper", upper_constraint)
+        self._lower_set = Restriction("lower", lower_constraint)
+        self._upper_set.check_start(levels.names(upper_rule, "upper"), levels.parameters(upper_rule))
+        self._lower_set.check_start(levels.names(lower_rule, "lower"), levels.parameters(lower_rule))
         self.metrics = Metrics.unknown()
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
         self._adjoint = self._dual.multiplier
@@ -211,17 +223,21 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         rule, moving = self.penalty.rule, self._moving_lower()
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
-        for parameter, gradient in zip(self._point().lower, direction, strict=True):
+        point = self._point().lower
+        for parameter, gradient in zip(point, direction, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
-        self.lower.step()
+        with evaluation.lower_face.retracting(point):
+            self.lower.step()
         self._dual = self._dual.merged(advanced, moving)
         self._adjoint = self._merged(rule.adjoint(advanced, evaluation.residual))
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
-        for parameter, gradient in zip(self._point().upper, evaluation.upper_grad, strict=True):
+        point = self._point().upper
+        for parameter, gradient in zip(point, evaluation.upper_grad, strict=True):
             parameter.grad = gradient
         if not hold:
-            levels.step_touched_rows(self.upper)
+            with evaluation.upper_face.retracting(point):
+                levels.step_touched_rows(self.upper)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
         self._dual = self._dual.merged(advanced, moving)
@@ -243,6 +259,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
                     losses = closures.pure(upper_closure, lower_closure, self.upper, self.lower)
                 else:
                     losses = closures.live(upper_closure, lower_closure, guard)
+                losses = losses._replace(lower_faces=self._lower_set.faces)
                 yield lambda: self._evaluate(losses)
         except BaseException:
             self._dual, self._adjoint, self.metrics, self._counts = before
@@ -259,12 +276,13 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
+        evaluation = self._upper_set.restricted(evaluation, at.upper)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
         # Once is a coincidence of symmetric starts; never again after the warning.
-        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0
+        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0 and self._upper_set.is_free
         self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
         if self._zeros_in_a_row == 3:
             warn_of_zero()
@@ -305,39 +323,18 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     def _own_state(self) -> dict[str, Any]:
         return {
             "format": 1,
-            "multiplier": list(self._dual.multiplier),
-            "probe": list(self._dual.probe),
+            **self._dual.saved(),
             "adjoint": list(self._adjoint),
-            "scalars": dict(self._dual.scalars),
-            "lower_steps": self._dual.steps,
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        saved = [tuple(t.shape) for t in own["multiplier"]]
-        here = [tuple(t.shape) for t in self._dual.multiplier]
-        if saved != here:
-            raise ValueError(f"the checkpoint's multiplier has shapes {saved}, expected {here}")
-        if own["scalars"].keys() != self._dual.scalars.keys():
-            raise ValueError(
-                f"the checkpoint holds {sorted(own['scalars'])}, this rule needs "
-                f"{sorted(self._dual.scalars)}; construct with the rule that made it"
-            )
+        self._dual.check(own)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        def placed(tensors: list[Tensor], like: Sequence[Tensor]) -> Tensors:
-            pairs = zip(tensors, like, strict=True)
-            return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
-
-        here = self._dual
-        self._dual = DualState(
-            placed(own["multiplier"], here.multiplier),
-            placed(own["probe"], here.probe),
-            dict(own["scalars"]),
-            own["lower_steps"],
-        )
-        self._adjoint = placed(own["adjoint"], here.multiplier)
+        self._dual = self._dual.loaded(own)
+        self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
         if own["switched"] and isinstance(self.curvature, Automatic):
             self.curvature.switch()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .curvature import Curvature, Loss
 from .dual import DualState, MultiplierRule
 from .evaluation import Evaluation
+from .faces import FacesOf, everywhere
 from .multipliers import resolve as resolve_multiplier
 from .tensors import (
     OptionalPair,
@@ -28,10 +29,11 @@ Reduce: TypeAlias = Callable[[Tensors], Tensors]
 
 
 class Losses(NamedTuple):
-    """f and g."""
+    """f, g and the set that v stays in."""
 
     upper: Loss
     lower: Loss
+    lower_faces: FacesOf = everywhere
 
 
 class Penalty(Protocol):
@@ -62,6 +64,9 @@ class Stationarity:
     q = -H^{-1}(grad_v f - e), so the upper gradient is the implicit hypergradient up to
     J H^{-1} e: ||e|| certifies it, and every step has it for nothing.
 
+    With a constraint on the lower level r, q and a are projected onto the span of the critical
+    face, and H acts with the curvature of its boundary (see ``constraints``).
+
     The residual is reduced over workers *before* the product: q is not linear in the data
     when gamma > 0, so averaging each worker's product instead would penalise each worker's own
     ||r||^2, a different function.
@@ -81,15 +86,19 @@ class Stationarity:
     ) -> Evaluation:
         upper_loss, direct = curvature.gradient(losses.upper, at)
         linearised = curvature.linearise(losses.lower, at, reusable=self.rule.probes(state))
-        residual = reduce(linearised.residual)
-        adjoint = self.rule.adjoint(state, residual)
+        full_residual = reduce(linearised.residual)
+        face = losses.lower_faces(at.lower, full_residual)
+        residual = face.tangent(full_residual)
+        adjoint = face.tangent(self.rule.adjoint(state, residual))
         indirect = linearised.product(cast_like(adjoint, at.lower))
         product, slope, upper_grad = _reduced(indirect, direct, at, reduce)
         probe_product: Tensors = ()
         if self.rule.probes(state):
-            probe = self.rule.probe(state, residual, slope)
+            probe = self.rule.probe(state, full_residual, slope)
             curved = linearised.product(cast_like(probe, at.lower)).lower
-            probe_product = reduce(filled(curved, at.lower))
+            probe_product = face.curved(reduce(filled(curved, at.lower)), probe)
+        product = face.tangent(face.curved(product, adjoint))
+        slope = face.tangent(slope)
         return Evaluation(
             upper_loss=upper_loss,
             lower_loss=linearised.loss,
@@ -100,6 +109,7 @@ class Stationarity:
             slope_norms=norms(slope),
             product_norms=norms(product),
             probe_product=probe_product,
+            lower_face=face,
         )
 
 
