@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
+from .constraints import Inequality
 from .curvature import Loss
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
@@ -63,6 +64,50 @@ def pure(
         return loss
 
     return Losses(adapted(upper_function, "upper"), adapted(lower_function, "lower"))
+
+
+def live_values(
+    inequalities: Sequence[Inequality], level: Level, guard: BufferGuard
+) -> tuple[Loss, ...]:
+    """The h of each inequality, from closures that read live tensors."""
+
+    def adapted(closure: Callable[..., Tensor]) -> Loss:
+        def values(upper: Tensors, lower: Tensors) -> Tensor:
+            del upper, lower
+            torch.clear_autocast_cache()
+            with guard.evaluation(level), torch.enable_grad():
+                return _checked_values(closure(), level)
+
+        return values
+
+    return tuple(adapted(inequality.closure) for inequality in inequalities)
+
+
+def pure_values(
+    inequalities: Sequence[Inequality], level: Level, upper_rule: Optimizer, lower_rule: Optimizer
+) -> tuple[Loss, ...]:
+    """The h of each inequality, from functions of (upper, lower)."""
+    structured_upper = _structure(upper_rule, "upper")
+    structured_lower = _structure(lower_rule, "lower")
+
+    def adapted(function: Callable[..., Tensor]) -> Loss:
+        def values(upper: Tensors, lower: Tensors) -> Tensor:
+            value = function(structured_upper(upper), structured_lower(lower))
+            return _checked_values(value, level)
+
+        return values
+
+    return tuple(adapted(inequality.closure) for inequality in inequalities)
+
+
+def _checked_values(value: Any, level: Level) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"the closure of {level}_constraint's Inequality returned {kind}; return a real "
+            "floating-point tensor h, of which h <= 0 is wanted"
+        )
+    return value
 
 
 def _structure(rule: Optimizer, level: Level) -> Callable[[Sequence[Tensor]], Any]:

@@ -28,6 +28,7 @@ complementarity) the solution map has a kink; such entries count as free.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -220,6 +221,52 @@ class Ball:
     def _tolerance(point: Tensor) -> float:
         # A rescaled vector has the radius only up to the rounding of its entries.
         return 8 * torch.finfo(point.dtype).eps
+
+
+class Inequality:
+    r"""h(u, v) <= 0 entry by entry, for a tensor h; any number of entries.
+
+    In the upper level, the augmented Lagrangian with its slack eliminated (Rockafellar 1973), so
+    that the v-dependence of h goes through the adjoint like that of f:
+
+    .. math::
+        f_{aug} = f + 	frac{1}{2ho}\sumigl(\max(0, \mu + ho h)^2 - \mu^2igr), \qquad
+        \mu \leftarrow \mu + \kappa\,(\max(0, \mu + ho h) - \mu)
+
+    In the lower level, the same function of the extended lower vector (v, z):
+
+    .. math::
+        L(u, v, z) = g + 	frac{1}{2ho}\sumigl(\max(0, z + ho h)^2 - z^2igr)
+
+    Its gradient is the KKT residual: grad_v g + A' max(0, z + rho h) with A = dh/dv, and
+    max(-z / rho, h), which is zero iff h <= 0, z >= 0 and z h = 0. Its Hessian is symmetric,
+    so J q and H q of (v, z) are products of one scalar loss as before, and q is the
+    adjoint of the KKT system. v descends and z ascends, by kappa rho times its residual; nu likewise,
+    its z part by min(rho, 1/L). On a quadratic this is stable for any rho: with curvature
+    c + rho alpha^2 of v and slope alpha of h, the ascent needs kappa rho alpha^2 <= c + rho alpha^2.
+    A rule with momentum 0.9 lags about nine steps, hence kappa = 0.1.
+
+    Differs from paper.md A.3 (squared slack variables): nothing to initialise, and no spurious
+    stationary points at zero slack. At a solution with z = h = 0 the solution map has a kink.
+
+    Args:
+        closure: returns h; takes nothing, or (upper, lower) with ``curvature="functional"``.
+        weight: rho > 0, multiplies max(0, h)^2 / 2; in units of the level's loss per h^2.
+        rate: kappa in (0, 1], the share of the multiplier's correction taken per step.
+    """
+
+    def __init__(
+        self, closure: Callable[..., Tensor], weight: float = 1.0, rate: float = 0.1
+    ) -> None:
+        if not callable(closure):
+            raise TypeError(f"closure must be callable and return h, got {closure!r}")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be > 0 and finite, got {weight}; nothing else enforces h")
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must lie in (0, 1], got {rate}; the multiplier would not settle")
+        self.closure = closure
+        self.weight = float(weight)
+        self.rate = float(rate)
 
 
 def _counting(like: Tensor) -> Tensor:

@@ -46,11 +46,15 @@ class DualState(NamedTuple):
             multiplier=fill(self.multiplier, part.multiplier), probe=fill(self.probe, part.probe)
         )
 
-    def extended(self, new: Sequence[Tensor]) -> DualState:
-        """With zeros for lower parameters added at the end."""
+    def extended(self, new: Sequence[Tensor], at: int | None = None) -> DualState:
+        """With zeros for lower tensors added before position ``at``; default: at the end."""
+        at = len(self.multiplier) if at is None else at
+
+        def fill(old: Tensors) -> Tensors:
+            return (*old[:at], *zeros_for(new), *old[at:])
+
         return self._replace(
-            multiplier=self.multiplier + zeros_for(new),
-            probe=self.probe + zeros_for(new) if self.probe else (),
+            multiplier=fill(self.multiplier), probe=fill(self.probe) if self.probe else ()
         )
 
     # Checkpoints.

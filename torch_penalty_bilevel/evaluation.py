@@ -39,6 +39,8 @@ class Evaluation(NamedTuple):
     """The critical face of v; the vectors above lie in its span."""
     upper_face: Faces = Faces()
     """The critical face of u."""
+    upper_values: Tensors = ()
+    """h of each upper inequality."""
 
 
 class Norms(NamedTuple):

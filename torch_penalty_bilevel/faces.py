@@ -25,11 +25,16 @@ Retract: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(before, after) -> the point of the face that a step from ``before`` to ``after`` ends at."""
 
 
+def _stay(before: Tensor, after: Tensor) -> Tensor:
+    del before
+    return after
+
+
 @dataclass(frozen=True)
 class Face:
-    """The critical face of one tensor."""
+    """The critical face of one tensor; by default the whole space."""
 
-    retract: Retract
+    retract: Retract = _stay
     moving: Tensor | None = None
     """m: False where the entry is held."""
     normal: Tensor | None = None
@@ -97,7 +102,8 @@ class Faces:
         before = clones(parameters)
         yield
         with torch.no_grad():
-            for face, old, parameter in zip(self._faces, before, parameters, strict=True):
+            # The faces of multipliers, at the end, have no parameters.
+            for face, old, parameter in zip(self._faces, before, parameters, strict=False):
                 parameter.copy_(face.retract(old, parameter.detach()))
 
 

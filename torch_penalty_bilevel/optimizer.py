@@ -14,14 +14,14 @@ from . import curvature as engines
 from .checks import check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
 from .curvature import Automatic, Curvature, VectorJacobian
-from .dual import placed
+from .dual import DualState, placed
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
 from .restrictions import Constraint, Restriction
-from .tensors import Pair, Tensors, zeros_for
+from .tensors import Pair, Tensors, clones, zeros_for
 from .transaction import all_or_nothing
 
 Closure: TypeAlias = Callable[..., Tensor]
@@ -74,8 +74,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             parameter order or, for parameters given with names, a dict) or an object.
         reduce: averages a tuple of tensors over workers; default: one worker.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
-        upper_constraint: an object of ``constraints`` that every upper tensor obeys after each
-            step; ``p.grad`` is then the part of the hypergradient that feasible motion can follow.
+        upper_constraint: an object of ``constraints``, or a list with any number of ``Inequality``.
+            Every upper tensor is in the set after each step; ``p.grad`` is then the part of the
+            hypergradient that feasible motion can follow.
         lower_constraint: likewise; the hypergradient is that of the constrained lower problem.
 
     Raises:
@@ -126,8 +127,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         curvature: str | Curvature = "auto",
         reduce: Reduce | None = None,
         allow_unused: bool = False,
-        upper_constraint: Constraint | None = None,
-        lower_constraint: Constraint | None = None,
+        upper_constraint: Constraint | Sequence[Constraint] | None = None,
+        lower_constraint: Constraint | Sequence[Constraint] | None = None,
     ) -> None:
         _check_count("lower_steps", lower_steps, at_least=1)
         _check_count("warmup_steps", warmup_steps, at_least=0)
@@ -151,6 +152,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._lower_set.check_start(levels.names(lower_rule, "lower"), levels.parameters(lower_rule))
         self.metrics = Metrics.unknown()
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
+        if self._lower_set.inequalities and "curvature" not in self._dual.scalars:
+            raise ValueError(
+                "an Inequality in lower_constraint needs a rule that knows a bound on H, such as "
+                f"LeastSquares(), got penalty={penalty!r}"
+            )
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0}
         self._dependence_checked = False
@@ -217,19 +223,26 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     @property
     def adjoint(self) -> Tensors:
         """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
-        return self._adjoint
+        return self._adjoint[: len(levels.parameters(self.lower))]
+
+    @property
+    def inequality_multipliers(self) -> dict[str, Tensors]:
+        """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
+        return {s.level: clones(s.multipliers) for s in (self._upper_set, self._lower_set)}
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
         rule, moving = self.penalty.rule, self._moving_lower()
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
         point = self._point().lower
-        for parameter, gradient in zip(point, direction, strict=True):
+        for parameter, gradient in zip(point, direction, strict=False):  # then multipliers
             parameter.grad = gradient.to(parameter.dtype)
         with evaluation.lower_face.retracting(point):
             self.lower.step()
+        advanced = self._lower_set.ascend_jointly(dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving)
-        self._adjoint = self._merged(rule.adjoint(advanced, evaluation.residual))
+        adjoint = rule.adjoint(advanced, evaluation.residual)
+        self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
         point = self._point().upper
@@ -238,6 +251,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         if not hold:
             with evaluation.upper_face.retracting(point):
                 levels.step_touched_rows(self.upper)
+            self._upper_set.ascend(evaluation.upper_values)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
         self._dual = self._dual.merged(advanced, moving)
@@ -252,21 +266,38 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
         closures.check_callables(upper_closure, lower_closure)
         before = self._dual, self._adjoint, self.metrics, dict(self._counts)
+        sets = self._upper_set, self._lower_set
+        multipliers = [each.multipliers for each in sets]
         devices = [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
         try:
             with all_or_nothing(rules, devices) as guard:
                 if isinstance(self.curvature, VectorJacobian):
                     losses = closures.pure(upper_closure, lower_closure, self.upper, self.lower)
+                    values = [
+                        closures.pure_values(s.inequalities, s.level, self.upper, self.lower)
+                        for s in sets
+                    ]
                 else:
                     losses = closures.live(upper_closure, lower_closure, guard)
-                losses = losses._replace(lower_faces=self._lower_set.faces)
+                    values = [closures.live_values(s.inequalities, s.level, guard) for s in sets]
+                losses = Losses(
+                    sets[0].with_multipliers(losses.upper, values[0]),
+                    sets[1].with_multipliers(losses.lower, values[1]),
+                    sets[1].faces,
+                    *values,
+                )
                 yield lambda: self._evaluate(losses)
         except BaseException:
             self._dual, self._adjoint, self.metrics, self._counts = before
+            for each, held in zip(sets, multipliers, strict=True):
+                each.multipliers = held
             raise
 
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
         at, names = self._point(), self._moving_upper_names()
+        if not self._dependence_checked:
+            self._start_inequalities(losses, at)
+        at = Pair(at.upper, at.lower + self._lower_set.leaves())
         if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))
             check_dependence(losses, at, names, self.allow_unused)
@@ -276,7 +307,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        evaluation = self._upper_set.restricted(evaluation, at.upper)
+        evaluation = self._upper_set.restricted(evaluation, at, losses.upper_values)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
@@ -300,7 +331,16 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         return Pair(tuple(upper), tuple(lower))
 
     def _moving_lower(self) -> list[bool]:
-        return [p.requires_grad for p in levels.parameters(self.lower)]
+        moving = [p.requires_grad for p in levels.parameters(self.lower)]
+        return moving + [True] * len(self._lower_set.multipliers)
+
+    def _start_inequalities(self, losses: Losses, at: Pair) -> None:
+        random = RandomState(p.device for p in (*at.upper, *at.lower))
+        self._upper_set.start(losses.upper_values, at)
+        if self._lower_set.start(losses.lower_values, at):
+            self._dual = self._dual.extended(self._lower_set.multipliers)
+            self._adjoint += zeros_for(self._lower_set.multipliers)
+        random.restore()
 
     def _moving_upper_names(self) -> list[str]:
         named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
@@ -316,8 +356,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         if level == "lower":
-            self._dual = self._dual.extended(parameters)
-            self._adjoint = (*self._adjoint, *zeros_for(parameters))
+            end = len(self._adjoint) - len(self._lower_set.multipliers)
+            self._dual = self._dual.extended(parameters, end)
+            self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
         self._dependence_checked = False
 
     def _own_state(self) -> dict[str, Any]:
@@ -325,15 +366,28 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             "format": 1,
             **self._dual.saved(),
             "adjoint": list(self._adjoint),
+            "inequalities": {
+                s.level: [t.detach() for t in s.multipliers]
+                for s in (self._upper_set, self._lower_set)
+            },
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        self._dual.check(own)
+        for each in (self._upper_set, self._lower_set):
+            each.check(own["inequalities"][each.level])
+        self._dual_for(own).check(own)
+
+    def _dual_for(self, own: dict[str, Any]) -> DualState:
+        """The dual state with room for the checkpoint's lower inequalities."""
+        saved = own["inequalities"]["lower"]
+        return self._dual if self._lower_set.multipliers else self._dual.extended(saved)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._dual = self._dual.loaded(own)
+        self._dual = self._dual_for(own).loaded(own)
+        for each in (self._upper_set, self._lower_set):
+            each.load(own["inequalities"][each.level], levels.parameters(self.upper)[0])
         self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
         if own["switched"] and isinstance(self.curvature, Automatic):

@@ -29,11 +29,15 @@ Reduce: TypeAlias = Callable[[Tensors], Tensors]
 
 
 class Losses(NamedTuple):
-    """f, g and the set that v stays in."""
+    """f, g, the set that v stays in, and inequalities."""
 
     upper: Loss
     lower: Loss
     lower_faces: FacesOf = everywhere
+    upper_values: tuple[Loss, ...] = ()
+    """h of each upper inequality: (upper, lower) -> a tensor of any shape."""
+    lower_values: tuple[Loss, ...] = ()
+    """h of each lower inequality."""
 
 
 class Penalty(Protocol):

@@ -1,43 +1,62 @@
-"""What a level's constraint argument means to the optimizer."""
+"""What a level's constraint argument means to the optimizer: a set, inequalities, multipliers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .constraints import Projection
+from .constraints import Inequality, Projection
+from .curvature import Loss
+from .dual import DualState, placed
 from .evaluation import Evaluation
-from .faces import Faces
+from .faces import Face, Faces
 from .levels import Level
-from .tensors import Tensors
+from .tensors import Pair, Tensors, zeros_for
 
-Constraint: TypeAlias = Projection
+Constraint: TypeAlias = Projection | Inequality
 
 
 class Restriction:
-    """The constraint of one level; without one, nothing here does anything.
+    """The constraints of one level; without one, nothing here does anything.
 
     Args:
-        level: whose it is.
+        level: whose they are.
         constraint: what the user gave.
 
     Raises:
         TypeError: not a constraint.
+        ValueError: two projections.
     """
 
-    def __init__(self, level: Level, constraint: Constraint | None) -> None:
+    def __init__(self, level: Level, constraint: Constraint | Sequence[Constraint] | None) -> None:
         self.level: Level = level
         self.projection: Projection | None = None
-        if constraint is not None:
-            if isinstance(constraint, type) or not hasattr(constraint, "project"):
+        self.inequalities: tuple[Inequality, ...] = ()
+        self.multipliers: Tensors = ()
+        """mu or z of each inequality, >= 0; empty until the first evaluation shows their shapes."""
+        given: Sequence[Any] = () if constraint is None else (constraint,)
+        if isinstance(constraint, (list, tuple)):
+            given = constraint
+        for each in given:
+            if isinstance(each, Inequality):
+                self.inequalities += (each,)
+            elif isinstance(each, type) or not hasattr(each, "project"):
                 raise TypeError(
                     f"{level}_constraint must be an object of torch_penalty_bilevel.constraints "
-                    f"such as Box(0, 1), got {constraint!r}"
+                    f"such as Box(0, 1), or a list of them, got {each!r}"
                 )
-            self.projection = constraint
+            elif self.projection is not None:
+                raise ValueError(
+                    f"{level}_constraint has two projections, {type(self.projection).__name__} and "
+                    f"{type(each).__name__}; write all but one as Inequality(...)"
+                )
+            else:
+                self.projection = each
+
+    # Projections.
 
     def check_start(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` unless the parameters that move are in the set, up to rounding."""
@@ -56,28 +75,114 @@ class Restriction:
                     f"{float(gap.max()):.3g}; start inside, e.g. p.data = constraint.project(p.data)"
                 )
 
-    def faces(self, point: Tensors, gradient: Sequence[Tensor | None]) -> Faces:
-        """The critical faces of ``point``; a missing gradient counts as zero."""
-        projection = self.projection
-        if projection is None:
-            return Faces()
-        pairs = zip(point, gradient, strict=True)
-        with torch.no_grad():
-            return Faces(
-                [
-                    projection.face(x.detach(), torch.zeros_like(x) if g is None else g)
-                    for x, g in pairs
-                ]
-            )
-
     @property
     def is_free(self) -> bool:
         """No projection: a zero gradient then says that the loss is stationary."""
         return self.projection is None
 
-    def restricted(self, evaluation: Evaluation, upper: Tensors) -> Evaluation:
-        """The evaluation with its upper gradient in the span of the critical face."""
-        face = self.faces(upper, evaluation.upper_grad)
+    def faces(self, point: Tensors, gradient: Sequence[Tensor | None]) -> Faces:
+        """The critical faces of ``point``; a missing gradient counts as zero."""
+        projection = self.projection
+        if projection is None:
+            return Faces()
+        n = len(point) - (len(self.multipliers) if self.level == "lower" else 0)
+        with torch.no_grad():
+            found = [
+                projection.face(x.detach(), torch.zeros_like(x) if g is None else g)
+                for x, g in zip(point[:n], gradient[:n], strict=True)
+            ]
+        return Faces([*found, *[Face()] * (len(point) - n)])
+
+    # Inequalities.
+
+    def start(self, values: Sequence[Loss], at: Pair) -> bool:
+        """Give every inequality a zero multiplier if they have none; did they lack one?"""
+        if len(self.multipliers) == len(values):
+            return False
+        self.multipliers = zeros_for([h(*at).detach() for h in values])
+        return True
+
+    def with_multipliers(self, loss: Loss, values: Sequence[Loss]) -> Loss:
+        """The augmented loss; lower multipliers are the last entries of ``lower``."""
+        if not values:
+            return loss
+
+        def augmented(upper: Tensors, lower: Tensors) -> Tensor:
+            held = self.multipliers if self.level == "upper" else lower[-len(values) :]
+            total = loss(upper, lower)
+            for inequality, h, multiplier in zip(self.inequalities, values, held, strict=True):
+                total = total + self._term(inequality, h(upper, lower), multiplier)
+            return total
+
+        return augmented
+
+    def _term(self, inequality: Inequality, h: Tensor, multiplier: Tensor) -> Tensor:
+        """(max(0, mu + rho h)^2 - mu^2) / (2 rho), summed."""
+        if h.shape != multiplier.shape:
+            raise ValueError(
+                f"an Inequality of {self.level}_constraint returned shape {tuple(h.shape)}, before "
+                f"{tuple(multiplier.shape)}; its multiplier belongs to entries, keep their number"
+            )
+        multiplier = multiplier.to(h.device)
+        shifted = (multiplier + inequality.weight * h).clamp(min=0)
+        return (shifted.square() - multiplier.square()).sum() / (2 * inequality.weight)
+
+    def restricted(self, evaluation: Evaluation, at: Pair, values: Sequence[Loss]) -> Evaluation:
+        """An upper evaluation with the plain f, h, and the gradient in the critical face's span."""
+        seen = tuple(h(*at).detach() for h in values)
+        upper_loss = evaluation.upper_loss
+        for inequality, h, multiplier in zip(self.inequalities, seen, self.multipliers, strict=True):
+            upper_loss = upper_loss - self._term(inequality, h, multiplier).to(upper_loss)
+        face = self.faces(at.upper, evaluation.upper_grad)
         return evaluation._replace(
-            upper_grad=face.optional_tangent(evaluation.upper_grad), upper_face=face
+            upper_loss=upper_loss,
+            upper_grad=face.optional_tangent(evaluation.upper_grad),
+            upper_face=face,
+            upper_values=seen,
         )
+
+    def ascend(self, values: Tensors) -> None:
+        """Mu <- mu + kappa (max(0, mu + rho h) - mu)."""
+        triples = zip(self.inequalities, self.multipliers, values, strict=True)
+        self.multipliers = tuple(
+            mu + i.rate * ((mu + i.weight * h.to(mu)).clamp(min=0) - mu) for i, mu, h in triples
+        )
+
+    def ascend_jointly(
+        self, before: DualState, after: DualState, evaluation: Evaluation
+    ) -> DualState:
+        """Move z along its residual, and in ``after`` the z part of nu along its own."""
+        k = len(self.multipliers)
+        if k == 0:
+            return after
+        slopes = evaluation.residual[-k:]
+        triples = zip(self.inequalities, self.multipliers, slopes, strict=True)
+        self.multipliers = tuple(
+            (z.detach() + i.rate * i.weight * r.to(z)).clamp(min=0) for i, z, r in triples
+        )
+        bound = after.scalars["curvature"]
+        steps = [min(i.weight, 1 / bound if bound > 0 else i.weight) for i in self.inequalities]
+        pairs = zip(steps, before.multiplier[-k:], evaluation.adjoint_residual[-k:], strict=True)
+        ascended = tuple(nu + step * a.to(nu) for step, nu, a in pairs)
+        return after._replace(multiplier=after.multiplier[:-k] + ascended)
+
+    def leaves(self) -> Tensors:
+        """z as variables of the lower loss."""
+        if self.level == "lower":
+            self.multipliers = tuple(z.detach().requires_grad_() for z in self.multipliers)
+        return self.multipliers
+
+    def check(self, saved: Sequence[Tensor]) -> None:
+        """Raise ``ValueError`` if ``saved`` are the multipliers of other inequalities."""
+        here = [tuple(t.shape) for t in self.multipliers]
+        there = [tuple(t.shape) for t in saved]
+        fits = len(saved) in (0, len(self.inequalities)) and (not here or here == there)
+        if not fits:
+            raise ValueError(
+                f"the checkpoint has {self.level} inequalities of shapes {there}, here are "
+                f"{len(self.inequalities)} (of shapes {here} so far); construct with the same ones"
+            )
+
+    def load(self, saved: Sequence[Tensor], like: Tensor) -> None:
+        """Take over multipliers; ``like`` says where parameters live."""
+        self.multipliers = placed(saved, self.multipliers or [t.to(like.device) for t in saved])
