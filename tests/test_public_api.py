@@ -97,6 +97,7 @@ LAYERS = {
     "multipliers": {"dual", "evaluation", "tensors"},
     "curvature": {"errors", "graph", "randomness", "tensors"},
     "penalties": {"curvature", "dual", "evaluation", "faces", "multipliers", "tensors"},
+    "closures": {"buffers", "constraints", "curvature", "levels", "penalties", "tensors"},
     "restrictions": {
         "constraints",
         "curvature",
@@ -104,9 +105,10 @@ LAYERS = {
         "evaluation",
         "faces",
         "levels",
+        "penalties",
+        "randomness",
         "tensors",
     },
-    "closures": {"buffers", "constraints", "curvature", "levels", "penalties", "tensors"},
     "checks": {"curvature", "errors", "graph", "penalties", "tensors"},
     "functional": {"curvature", "errors", "linear_solve", "tensors"},
     "optimizer": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -13,6 +13,12 @@ from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .tensors import OptionalTensors, Pair
+
+
+def check_count(name: str, value: Any, at_least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
 
 
 def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .curvature import Loss
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
+
+Inequalities: TypeAlias = tuple[Sequence[Inequality], Sequence[Inequality]]
+"""Of the upper and of the lower level."""
 
 
 def check_callables(upper_closure: Any, lower_closure: Any) -> None:
@@ -29,21 +32,31 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
 
 
 def live(
-    upper_closure: Callable[[], Tensor], lower_closure: Callable[[], Tensor], guard: BufferGuard
+    upper_closure: Callable[[], Tensor],
+    lower_closure: Callable[[], Tensor],
+    guard: BufferGuard,
+    inequalities: Inequalities = ((), ()),
 ) -> Losses:
     """Closures that read live tensors: each call is one evaluation under the buffer guard."""
 
-    def adapted(closure: Callable[[], Tensor], level: Level) -> Loss:
+    def adapted(closure: Callable[..., Tensor], level: Level, check_values: bool = False) -> Loss:
         def loss(upper: Tensors, lower: Tensors) -> Tensor:
             del upper, lower  # the closure reads the very tensors
             # Inside an autocast block of the caller, copies of parameters that have moved.
             torch.clear_autocast_cache()
             with guard.evaluation(level), torch.enable_grad():
+                if check_values:
+                    return _checked_values(closure(), level)
                 return _checked(closure(), level, differentiable=True)
 
         return loss
 
-    return Losses(adapted(upper_closure, "upper"), adapted(lower_closure, "lower"))
+    return Losses(
+        adapted(upper_closure, "upper"),
+        adapted(lower_closure, "lower"),
+        upper_values=tuple(adapted(i.closure, "upper", True) for i in inequalities[0]),
+        lower_values=tuple(adapted(i.closure, "lower", True) for i in inequalities[1]),
+    )
 
 
 def pure(
@@ -51,53 +64,27 @@ def pure(
     lower_function: Callable[..., Tensor],
     upper_rule: Optimizer,
     lower_rule: Optimizer,
+    inequalities: Inequalities = ((), ()),
 ) -> Losses:
     """Functions of (upper, lower), each a tuple of tensors or a dict by name."""
     structured_upper = _structure(upper_rule, "upper")
     structured_lower = _structure(lower_rule, "lower")
 
-    def adapted(function: Callable[..., Tensor], level: Level) -> Loss:
+    def adapted(function: Callable[..., Tensor], level: Level, check_values: bool = False) -> Loss:
         def loss(upper: Tensors, lower: Tensors) -> Tensor:
             value = function(structured_upper(upper), structured_lower(lower))
+            if check_values:
+                return _checked_values(value, level)
             return _checked(value, level, differentiable=False)
 
         return loss
 
-    return Losses(adapted(upper_function, "upper"), adapted(lower_function, "lower"))
-
-
-def live_values(
-    inequalities: Sequence[Inequality], level: Level, guard: BufferGuard
-) -> tuple[Loss, ...]:
-    """The h of each inequality, from closures that read live tensors."""
-
-    def adapted(closure: Callable[..., Tensor]) -> Loss:
-        def values(upper: Tensors, lower: Tensors) -> Tensor:
-            del upper, lower
-            torch.clear_autocast_cache()
-            with guard.evaluation(level), torch.enable_grad():
-                return _checked_values(closure(), level)
-
-        return values
-
-    return tuple(adapted(inequality.closure) for inequality in inequalities)
-
-
-def pure_values(
-    inequalities: Sequence[Inequality], level: Level, upper_rule: Optimizer, lower_rule: Optimizer
-) -> tuple[Loss, ...]:
-    """The h of each inequality, from functions of (upper, lower)."""
-    structured_upper = _structure(upper_rule, "upper")
-    structured_lower = _structure(lower_rule, "lower")
-
-    def adapted(function: Callable[..., Tensor]) -> Loss:
-        def values(upper: Tensors, lower: Tensors) -> Tensor:
-            value = function(structured_upper(upper), structured_lower(lower))
-            return _checked_values(value, level)
-
-        return values
-
-    return tuple(adapted(inequality.closure) for inequality in inequalities)
+    return Losses(
+        adapted(upper_function, "upper"),
+        adapted(lower_function, "lower"),
+        upper_values=tuple(adapted(i.closure, "upper", True) for i in inequalities[0]),
+        lower_values=tuple(adapted(i.closure, "lower", True) for i in inequalities[1]),
+    )
 
 
 def _checked_values(value: Any, level: Level) -> Tensor:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -173,10 +173,10 @@ class Ball:
     """
 
     def __init__(self, radius: float, rows: bool = False) -> None:
-        if isinstance(radius, bool) or not isinstance(radius, (int, float)):
-            raise ValueError(f"radius must be a number > 0, got {radius!r}")
-        if not 0 < radius < math.inf:
-            raise ValueError(f"radius must be > 0 and finite, got {radius}; to fix x at 0 freeze it")
+        if not _is_number(radius) or not 0 < radius < math.inf:
+            raise ValueError(
+                f"radius must be a finite number > 0, got {radius!r}; to fix x at 0 freeze it"
+            )
         self.radius = float(radius)
         self.rows = rows
 
@@ -224,33 +224,37 @@ class Ball:
 
 
 class Inequality:
-    r"""h(u, v) <= 0 entry by entry, for a tensor h; any number of entries.
+    r"""h(u, v) <= 0 entry by entry, for a tensor h of any shape.
 
     In the upper level, the augmented Lagrangian with its slack eliminated (Rockafellar 1973), so
     that the v-dependence of h goes through the adjoint like that of f:
 
     .. math::
-        f_{aug} = f + 	frac{1}{2ho}\sumigl(\max(0, \mu + ho h)^2 - \mu^2igr), \qquad
-        \mu \leftarrow \mu + \kappa\,(\max(0, \mu + ho h) - \mu)
+        f_{aug} = f + \tfrac{1}{2\rho}\sum\bigl(\max(0, \mu + \rho h)^2 - \mu^2\bigr), \qquad
+        \mu \leftarrow \mu + \kappa\,(\max(0, \mu + \rho h) - \mu)
 
     In the lower level, the same function of the extended lower vector (v, z):
 
     .. math::
-        L(u, v, z) = g + 	frac{1}{2ho}\sumigl(\max(0, z + ho h)^2 - z^2igr)
+        L(u, v, z) = g + \tfrac{1}{2\rho}\sum\bigl(\max(0, z + \rho h)^2 - z^2\bigr)
 
     Its gradient is the KKT residual: grad_v g + A' max(0, z + rho h) with A = dh/dv, and
     max(-z / rho, h), which is zero iff h <= 0, z >= 0 and z h = 0. Its Hessian is symmetric,
-    so J q and H q of (v, z) are products of one scalar loss as before, and q is the
-    adjoint of the KKT system. v descends and z ascends, by kappa rho times its residual; nu likewise,
-    its z part by min(rho, 1/L). On a quadratic this is stable for any rho: with curvature
-    c + rho alpha^2 of v and slope alpha of h, the ascent needs kappa rho alpha^2 <= c + rho alpha^2.
-    A rule with momentum 0.9 lags about nine steps, hence kappa = 0.1.
+    so J q and H q of (v, z) are products of one scalar loss as before, and q is the adjoint of the
+    KKT system. v descends and z ascends, by kappa rho times its residual; nu likewise, its z part
+    by min(rho, 1 / L). With curvature c + rho alpha^2 of v and slope alpha of h the ascent is
+    stable if kappa rho alpha^2 <= c + rho alpha^2, so for any rho; a rule with momentum 0.9 lags
+    about nine steps, hence kappa = 0.1.
 
-    Differs from paper.md A.3 (squared slack variables): nothing to initialise, and no spurious
-    stationary points at zero slack. At a solution with z = h = 0 the solution map has a kink.
+    ``metrics.lower_loss`` is then L, ``metrics.residual_norm`` that of the KKT residual. At a
+    solution with z = h = 0 the solution map has a kink, and the certificate may not settle.
+
+    Differs from squared slack variables: nothing to initialise, and no spurious stationary points
+    where a slack is zero.
 
     Args:
-        closure: returns h; takes nothing, or (upper, lower) with ``curvature="functional"``.
+        closure: returns h; takes nothing, or (upper, lower) with ``curvature="functional"``. It
+            reads live tensors, so a deep copy of the optimizer needs a constraint of its own.
         weight: rho > 0, multiplies max(0, h)^2 / 2; in units of the level's loss per h^2.
         rate: kappa in (0, 1], the share of the multiplier's correction taken per step.
     """
@@ -260,13 +264,21 @@ class Inequality:
     ) -> None:
         if not callable(closure):
             raise TypeError(f"closure must be callable and return h, got {closure!r}")
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be > 0 and finite, got {weight}; nothing else enforces h")
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate must lie in (0, 1], got {rate}; the multiplier would not settle")
+        if not _is_number(weight) or not 0 < weight < math.inf:
+            raise ValueError(
+                f"weight must be a finite number > 0, got {weight!r}; without it h is ignored"
+            )
+        if not _is_number(rate) or not 0 < rate <= 1:
+            raise ValueError(
+                f"rate must lie in (0, 1], got {rate!r}; at 0 the multiplier would never move"
+            )
         self.closure = closure
         self.weight = float(weight)
         self.rate = float(rate)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _counting(like: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 
 from . import closures, levels, penalties
 from . import curvature as engines
-from .checks import check_dependence, raise_unused, warn_of_zero
+from .checks import check_count, check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
 from .curvature import Automatic, Curvature, VectorJacobian
-from .dual import DualState, placed
+from .dual import placed
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
-from .restrictions import Constraint, Restriction
+from .restrictions import Constraint, Restrictions
 from .tensors import Pair, Tensors, clones, zeros_for
 from .transaction import all_or_nothing
 
@@ -30,11 +30,6 @@ Evaluate: TypeAlias = Callable[[], tuple[Evaluation, Norms]]
 
 def _identity(tensors: Tensors) -> Tensors:
     return tensors
-
-
-def _check_count(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
 
 
 class PenaltyBilevelOptimizer(TwoLevelOptimizer):
@@ -104,8 +99,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "curvature",
         "reduce",
         "allow_unused",
-        "_upper_set",
-        "_lower_set",
+        "_sets",
         "metrics",
         "_dual",
         "_adjoint",
@@ -130,8 +124,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         upper_constraint: Constraint | Sequence[Constraint] | None = None,
         lower_constraint: Constraint | Sequence[Constraint] | None = None,
     ) -> None:
-        _check_count("lower_steps", lower_steps, at_least=1)
-        _check_count("warmup_steps", warmup_steps, at_least=0)
+        check_count("lower_steps", lower_steps, at_least=1)
+        check_count("warmup_steps", warmup_steps, at_least=0)
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
         if upper is lower and isinstance(upper, Optimizer):
@@ -146,17 +140,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self.curvature = engines.resolve(curvature)
         self.reduce: Reduce = reduce or _identity
         self.allow_unused = bool(allow_unused)
-        self._upper_set = Restriction("upper", upper_constraint)
-        self._lower_set = Restriction("lower", lower_constraint)
-        self._upper_set.check_start(levels.names(upper_rule, "upper"), levels.parameters(upper_rule))
-        self._lower_set.check_start(levels.names(lower_rule, "lower"), levels.parameters(lower_rule))
+        self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
         self.metrics = Metrics.unknown()
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
-        if self._lower_set.inequalities and "curvature" not in self._dual.scalars:
-            raise ValueError(
-                "an Inequality in lower_constraint needs a rule that knows a bound on H, such as "
-                f"LeastSquares(), got penalty={penalty!r}"
-            )
+        self._sets.check_rule(self._dual)
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0}
         self._dependence_checked = False
@@ -228,18 +215,18 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     @property
     def inequality_multipliers(self) -> dict[str, Tensors]:
         """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
-        return {s.level: clones(s.multipliers) for s in (self._upper_set, self._lower_set)}
+        mu, z = self._sets.multipliers
+        return {"upper": clones(mu), "lower": clones(z)}
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
         rule, moving = self.penalty.rule, self._moving_lower()
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
-        point = self._point().lower
-        for parameter, gradient in zip(point, direction, strict=False):  # then multipliers
+        for parameter, gradient in zip(self._point().lower, direction, strict=False):
             parameter.grad = gradient.to(parameter.dtype)
-        with evaluation.lower_face.retracting(point):
+        with evaluation.lower_face.retracting(self._point().lower):
             self.lower.step()
-        advanced = self._lower_set.ascend_jointly(dual, advanced, evaluation)
+        advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving)
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
@@ -251,7 +238,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         if not hold:
             with evaluation.upper_face.retracting(point):
                 levels.step_touched_rows(self.upper)
-            self._upper_set.ascend(evaluation.upper_values)
+            self._sets.upper.ascend(evaluation.upper_values)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
         self._dual = self._dual.merged(advanced, moving)
@@ -265,39 +252,28 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     ) -> Generator[Evaluate]:
         """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
         closures.check_callables(upper_closure, lower_closure)
-        before = self._dual, self._adjoint, self.metrics, dict(self._counts)
-        sets = self._upper_set, self._lower_set
-        multipliers = [each.multipliers for each in sets]
+        inequalities, counts = self._sets.inequalities, dict(self._counts)
+        before = self._dual, self._adjoint, self.metrics, counts, self._sets.multipliers
         devices = [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
         try:
             with all_or_nothing(rules, devices) as guard:
                 if isinstance(self.curvature, VectorJacobian):
-                    losses = closures.pure(upper_closure, lower_closure, self.upper, self.lower)
-                    values = [
-                        closures.pure_values(s.inequalities, s.level, self.upper, self.lower)
-                        for s in sets
-                    ]
+                    both = self.upper, self.lower
+                    losses = closures.pure(upper_closure, lower_closure, *both, inequalities)
                 else:
-                    losses = closures.live(upper_closure, lower_closure, guard)
-                    values = [closures.live_values(s.inequalities, s.level, guard) for s in sets]
-                losses = Losses(
-                    sets[0].with_multipliers(losses.upper, values[0]),
-                    sets[1].with_multipliers(losses.lower, values[1]),
-                    sets[1].faces,
-                    *values,
-                )
+                    losses = closures.live(upper_closure, lower_closure, guard, inequalities)
+                losses = self._sets.applied(losses)
                 yield lambda: self._evaluate(losses)
         except BaseException:
-            self._dual, self._adjoint, self.metrics, self._counts = before
-            for each, held in zip(sets, multipliers, strict=True):
-                each.multipliers = held
+            self._dual, self._adjoint, self.metrics, self._counts, self._sets.multipliers = before
             raise
 
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
         at, names = self._point(), self._moving_upper_names()
         if not self._dependence_checked:
-            self._start_inequalities(losses, at)
-        at = Pair(at.upper, at.lower + self._lower_set.leaves())
+            self._dual = self._sets.start(losses, at, self._dual)
+            self._adjoint += self._dual.multiplier[len(self._adjoint) :]
+        at = self._sets.extended(at)
         if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))
             check_dependence(losses, at, names, self.allow_unused)
@@ -307,13 +283,13 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        evaluation = self._upper_set.restricted(evaluation, at, losses.upper_values)
+        evaluation = self._sets.upper.restricted(evaluation, at, losses.upper_values)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
         # Once is a coincidence of symmetric starts; never again after the warning.
-        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0 and self._upper_set.is_free
+        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0 and self._sets.upper.is_free
         self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
         if self._zeros_in_a_row == 3:
             warn_of_zero()
@@ -332,15 +308,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _moving_lower(self) -> list[bool]:
         moving = [p.requires_grad for p in levels.parameters(self.lower)]
-        return moving + [True] * len(self._lower_set.multipliers)
-
-    def _start_inequalities(self, losses: Losses, at: Pair) -> None:
-        random = RandomState(p.device for p in (*at.upper, *at.lower))
-        self._upper_set.start(losses.upper_values, at)
-        if self._lower_set.start(losses.lower_values, at):
-            self._dual = self._dual.extended(self._lower_set.multipliers)
-            self._adjoint += zeros_for(self._lower_set.multipliers)
-        random.restore()
+        return moving + [True] * len(self._sets.lower.multipliers)
 
     def _moving_upper_names(self) -> list[str]:
         named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
@@ -356,7 +324,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         if level == "lower":
-            end = len(self._adjoint) - len(self._lower_set.multipliers)
+            end = len(self._adjoint) - len(self._sets.lower.multipliers)
             self._dual = self._dual.extended(parameters, end)
             self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
         self._dependence_checked = False
@@ -366,28 +334,17 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             "format": 1,
             **self._dual.saved(),
             "adjoint": list(self._adjoint),
-            "inequalities": {
-                s.level: [t.detach() for t in s.multipliers]
-                for s in (self._upper_set, self._lower_set)
-            },
+            "inequalities": self._sets.saved(),
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        for each in (self._upper_set, self._lower_set):
-            each.check(own["inequalities"][each.level])
-        self._dual_for(own).check(own)
-
-    def _dual_for(self, own: dict[str, Any]) -> DualState:
-        """The dual state with room for the checkpoint's lower inequalities."""
-        saved = own["inequalities"]["lower"]
-        return self._dual if self._lower_set.multipliers else self._dual.extended(saved)
+        self._sets.check(own["inequalities"], self._dual).check(own)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._dual = self._dual_for(own).loaded(own)
-        for each in (self._upper_set, self._lower_set):
-            each.load(own["inequalities"][each.level], levels.parameters(self.upper)[0])
+        self._dual = self._sets.check(own["inequalities"], self._dual).loaded(own)
+        self._sets.load(own["inequalities"], levels.parameters(self.upper)[0].device)
         self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
         if own["switched"] and isinstance(self.curvature, Automatic):

@@ -7,13 +7,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .constraints import Inequality, Projection
 from .curvature import Loss
 from .dual import DualState, placed
 from .evaluation import Evaluation
 from .faces import Face, Faces
-from .levels import Level
+from .levels import Level, names, parameters
+from .penalties import Losses
+from .randomness import RandomState
 from .tensors import Pair, Tensors, zeros_for
 
 Constraint: TypeAlias = Projection | Inequality
@@ -37,10 +40,9 @@ class Restriction:
         self.inequalities: tuple[Inequality, ...] = ()
         self.multipliers: Tensors = ()
         """mu or z of each inequality, >= 0; empty until the first evaluation shows their shapes."""
-        given: Sequence[Any] = () if constraint is None else (constraint,)
-        if isinstance(constraint, (list, tuple)):
-            given = constraint
-        for each in given:
+        given: Any = () if constraint is None else constraint
+        each: Any
+        for each in given if isinstance(given, (list, tuple)) else (given,):
             if isinstance(each, Inequality):
                 self.inequalities += (each,)
             elif isinstance(each, type) or not hasattr(each, "project"):
@@ -72,7 +74,7 @@ class Restriction:
                 raise ValueError(
                     f"parameter {name!r} of shape {tuple(point.shape)} starts outside of "
                     f"{self.level}_constraint={type(self.projection).__name__} by "
-                    f"{float(gap.max()):.3g}; start inside, e.g. p.data = constraint.project(p.data)"
+                    f"{float(gap.max()):.3g}; set p.data = constraint.project(p.data) first"
                 )
 
     @property
@@ -95,13 +97,6 @@ class Restriction:
 
     # Inequalities.
 
-    def start(self, values: Sequence[Loss], at: Pair) -> bool:
-        """Give every inequality a zero multiplier if they have none; did they lack one?"""
-        if len(self.multipliers) == len(values):
-            return False
-        self.multipliers = zeros_for([h(*at).detach() for h in values])
-        return True
-
     def with_multipliers(self, loss: Loss, values: Sequence[Loss]) -> Loss:
         """The augmented loss; lower multipliers are the last entries of ``lower``."""
         if not values:
@@ -117,7 +112,7 @@ class Restriction:
         return augmented
 
     def _term(self, inequality: Inequality, h: Tensor, multiplier: Tensor) -> Tensor:
-        """(max(0, mu + rho h)^2 - mu^2) / (2 rho), summed."""
+        """Sum of (max(0, mu + rho h)^2 - mu^2) / (2 rho)."""
         if h.shape != multiplier.shape:
             raise ValueError(
                 f"an Inequality of {self.level}_constraint returned shape {tuple(h.shape)}, before "
@@ -131,8 +126,8 @@ class Restriction:
         """An upper evaluation with the plain f, h, and the gradient in the critical face's span."""
         seen = tuple(h(*at).detach() for h in values)
         upper_loss = evaluation.upper_loss
-        for inequality, h, multiplier in zip(self.inequalities, seen, self.multipliers, strict=True):
-            upper_loss = upper_loss - self._term(inequality, h, multiplier).to(upper_loss)
+        for triple in zip(self.inequalities, seen, self.multipliers, strict=True):
+            upper_loss = upper_loss - self._term(*triple).to(upper_loss)
         face = self.faces(at.upper, evaluation.upper_grad)
         return evaluation._replace(
             upper_loss=upper_loss,
@@ -142,7 +137,7 @@ class Restriction:
         )
 
     def ascend(self, values: Tensors) -> None:
-        """Mu <- mu + kappa (max(0, mu + rho h) - mu)."""
+        """One step: mu <- mu + kappa (max(0, mu + rho h) - mu)."""
         triples = zip(self.inequalities, self.multipliers, values, strict=True)
         self.multipliers = tuple(
             mu + i.rate * ((mu + i.weight * h.to(mu)).clamp(min=0) - mu) for i, mu, h in triples
@@ -166,12 +161,6 @@ class Restriction:
         ascended = tuple(nu + step * a.to(nu) for step, nu, a in pairs)
         return after._replace(multiplier=after.multiplier[:-k] + ascended)
 
-    def leaves(self) -> Tensors:
-        """z as variables of the lower loss."""
-        if self.level == "lower":
-            self.multipliers = tuple(z.detach().requires_grad_() for z in self.multipliers)
-        return self.multipliers
-
     def check(self, saved: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` if ``saved`` are the multipliers of other inequalities."""
         here = [tuple(t.shape) for t in self.multipliers]
@@ -183,6 +172,89 @@ class Restriction:
                 f"{len(self.inequalities)} (of shapes {here} so far); construct with the same ones"
             )
 
-    def load(self, saved: Sequence[Tensor], like: Tensor) -> None:
-        """Take over multipliers; ``like`` says where parameters live."""
-        self.multipliers = placed(saved, self.multipliers or [t.to(like.device) for t in saved])
+
+class Restrictions:
+    """The constraints of both levels.
+
+    Args:
+        upper_constraint: what the user gave.
+        lower_constraint: likewise.
+        upper_rule: its parameters must start inside.
+        lower_rule: likewise.
+    """
+
+    def __init__(
+        self,
+        upper_constraint: Any,
+        lower_constraint: Any,
+        upper_rule: Optimizer,
+        lower_rule: Optimizer,
+    ) -> None:
+        self.upper = Restriction("upper", upper_constraint)
+        self.lower = Restriction("lower", lower_constraint)
+        for each, rule in ((self.upper, upper_rule), (self.lower, lower_rule)):
+            each.check_start(names(rule, each.level), parameters(rule))
+
+    @property
+    def inequalities(self) -> tuple[Sequence[Inequality], Sequence[Inequality]]:
+        """Of the upper and of the lower level."""
+        return self.upper.inequalities, self.lower.inequalities
+
+    @property
+    def multipliers(self) -> tuple[Tensors, Tensors]:
+        """Mu and z."""
+        return self.upper.multipliers, self.lower.multipliers
+
+    @multipliers.setter
+    def multipliers(self, held: tuple[Tensors, Tensors]) -> None:
+        self.upper.multipliers, self.lower.multipliers = held
+
+    def check_rule(self, dual: DualState) -> None:
+        """Raise ``ValueError`` if the multiplier rule cannot follow lower inequalities."""
+        if self.lower.inequalities and "curvature" not in dual.scalars:
+            raise ValueError(
+                "an Inequality in lower_constraint needs a multiplier rule that knows a bound on "
+                'H: use penalty="stationarity" with LeastSquares(), or a Box, Simplex or Ball'
+            )
+
+    def start(self, losses: Losses, at: Pair, dual: DualState) -> DualState:
+        """Zero multipliers where there are none yet, and room for z in ``dual``."""
+        random = RandomState(p.device for p in (*at.upper, *at.lower))
+        if len(self.upper.multipliers) < len(losses.upper_values):
+            self.upper.multipliers = zeros_for([h(*at).detach() for h in losses.upper_values])
+        if len(self.lower.multipliers) < len(losses.lower_values):
+            self.lower.multipliers = zeros_for([h(*at).detach() for h in losses.lower_values])
+            dual = dual.extended(self.lower.multipliers)
+        random.restore()
+        return dual
+
+    def applied(self, losses: Losses) -> Losses:
+        """Both losses with their multiplier terms, and the faces of v."""
+        return losses._replace(
+            upper=self.upper.with_multipliers(losses.upper, losses.upper_values),
+            lower=self.lower.with_multipliers(losses.lower, losses.lower_values),
+            lower_faces=self.lower.faces,
+        )
+
+    def extended(self, at: Pair) -> Pair:
+        """(u, (v, z)), with z as leaves of the graphs to come."""
+        self.lower.multipliers = tuple(z.detach().requires_grad_() for z in self.lower.multipliers)
+        return Pair(at.upper, at.lower + self.lower.multipliers)
+
+    # Checkpoints.
+
+    def saved(self) -> dict[str, list[Tensor]]:
+        """Entries of a state dict; tensors are not copied."""
+        return {r.level: [t.detach() for t in r.multipliers] for r in (self.upper, self.lower)}
+
+    def check(self, entries: dict[str, list[Tensor]], dual: DualState) -> DualState:
+        """``dual`` with room for the z of a checkpoint; ``ValueError`` if it does not fit."""
+        self.upper.check(entries["upper"])
+        self.lower.check(entries["lower"])
+        return dual if self.lower.multipliers else dual.extended(entries["lower"])
+
+    def load(self, entries: dict[str, list[Tensor]], device: torch.device) -> None:
+        """Take over multipliers."""
+        for each in (self.upper, self.lower):
+            saved = entries[each.level]
+            each.multipliers = placed(saved, each.multipliers or [t.to(device) for t in saved])
