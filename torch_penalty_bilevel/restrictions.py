@@ -219,10 +219,13 @@ class Restrictions:
 
     def start(self, losses: Losses, at: Pair, dual: DualState) -> DualState:
         """Zero multipliers where there are none yet, and room for z in ``dual``."""
+        upper_held, lower_held = (len(held) for held in self.multipliers)
+        if (upper_held, lower_held) == (len(losses.upper_values), len(losses.lower_values)):
+            return dual
         random = RandomState(p.device for p in (*at.upper, *at.lower))
-        if len(self.upper.multipliers) < len(losses.upper_values):
+        if upper_held < len(losses.upper_values):
             self.upper.multipliers = zeros_for([h(*at).detach() for h in losses.upper_values])
-        if len(self.lower.multipliers) < len(losses.lower_values):
+        if lower_held < len(losses.lower_values):
             self.lower.multipliers = zeros_for([h(*at).detach() for h in losses.lower_values])
             dual = dual.extended(self.lower.multipliers)
         random.restore()
