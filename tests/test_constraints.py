@@ -338,7 +338,7 @@ def half_space(rate=0.1, weight=1.0, offset=0.3, curvature="auto", steps=500, ru
     )
     for _ in range(steps):
         optimizer.step(f, g)
-    excess = max(0.0, float(a @ u) - offset)
+    excess = max(0.0, float(a @ u.detach()) - offset)
     best = u.detach() - excess * a
     exact = (torch.eye(3) - (excess > 0) * torch.outer(a, a)) @ (best - t)
     return u, v, optimizer, best, exact, excess
@@ -391,6 +391,7 @@ BASBLIB = {
         "start": (1.2, 1.0),
         "rates": (0.5, 0.05),
         "best": (1.0, 1.0, 31.25),
+        "rate": 0.5,
         "point_tolerance": 0.1,  # F - F* = (x - 1)^3 / 2
         "tolerance": 1e-4,
     },
@@ -448,9 +449,10 @@ def test_known_optima_of_basblib(name):
     problem = BASBLIB[name]
     u, v = leaf([problem["start"][0]]), leaf([problem["start"][1]])
     sets = [[Box(float(low), float(high))] for low, high in problem["boxes"]]
+    rate = problem.get("rate", 0.1)
     for level, key in enumerate(("above", "below")):
         if key in problem:
-            sets[level].append(Inequality(lambda key=key: problem[key](u, v), rate=0.5))
+            sets[level].append(Inequality(lambda key=key: problem[key](u, v), rate=rate))
     optimizer = PenaltyBilevelOptimizer(
         SGD([u], problem["rates"][0]),
         SGD([v], problem["rates"][1]),
@@ -548,6 +550,22 @@ def test_a_failed_step_changes_nothing(lower_steps):
     after = all_state(task)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_multipliers_follow_what_all_workers_see():
+    """A second worker with h = 0 halves the average, so mu grows by half."""
+    grown = []
+    for other in (1.0, 0.5):
+        u, v = leaf([2.0]), leaf([0.0])
+        optimizer = PenaltyBilevelOptimizer(
+            [u],
+            [v],
+            upper_constraint=Inequality(lambda u=u: u - 1),
+            reduce=lambda tensors, other=other: tuple(other * t for t in tensors),
+        )
+        optimizer.step(lambda: v.square().sum(), lambda: g8(u, v))  # noqa: B023
+        grown.append(optimizer.inequality_multipliers["upper"][0].item())
+    assert grown == [pytest.approx(0.1), pytest.approx(0.05)]
 
 
 def test_first_failing_step_also_changes_nothing():

@@ -215,8 +215,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     @property
     def inequality_multipliers(self) -> dict[str, Tensors]:
         """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
-        mu, z = self._sets.multipliers
-        return {"upper": clones(mu), "lower": clones(z)}
+        return {k: clones(held) for k, held in self._sets.saved().items()}
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
         rule, moving = self.penalty.rule, self._moving_lower()
@@ -282,7 +281,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        evaluation = self._sets.upper.restricted(evaluation, at, losses.upper_values)
+        values = losses.upper_values
+        evaluation = self._sets.upper.restricted(evaluation, at, values, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:

@@ -15,7 +15,7 @@ from .dual import DualState, placed
 from .evaluation import Evaluation
 from .faces import Face, Faces
 from .levels import Level, names, parameters
-from .penalties import Losses
+from .penalties import Losses, Reduce
 from .randomness import RandomState
 from .tensors import Pair, Tensors, zeros_for
 
@@ -122,7 +122,9 @@ class Restriction:
         shifted = (multiplier + inequality.weight * h).clamp(min=0)
         return (shifted.square() - multiplier.square()).sum() / (2 * inequality.weight)
 
-    def restricted(self, evaluation: Evaluation, at: Pair, values: Sequence[Loss]) -> Evaluation:
+    def restricted(
+        self, evaluation: Evaluation, at: Pair, values: Sequence[Loss], reduce: Reduce
+    ) -> Evaluation:
         """An upper evaluation with the plain f, h, and the gradient in the critical face's span."""
         seen = tuple(h(*at).detach() for h in values)
         upper_loss = evaluation.upper_loss
@@ -133,7 +135,7 @@ class Restriction:
             upper_loss=upper_loss,
             upper_grad=face.optional_tangent(evaluation.upper_grad),
             upper_face=face,
-            upper_values=seen,
+            upper_values=reduce(seen) if seen else (),
         )
 
     def ascend(self, values: Tensors) -> None:
@@ -247,7 +249,7 @@ class Restrictions:
     # Checkpoints.
 
     def saved(self) -> dict[str, list[Tensor]]:
-        """Entries of a state dict; tensors are not copied."""
+        """Mu and z by level, for a state dict; tensors are not copied."""
         return {r.level: [t.detach() for t in r.multipliers] for r in (self.upper, self.lower)}
 
     def check(self, entries: dict[str, list[Tensor]], dual: DualState) -> DualState:
