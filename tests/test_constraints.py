@@ -563,7 +563,8 @@ def test_multipliers_follow_what_all_workers_see():
             upper_constraint=Inequality(lambda u=u: u - 1),
             reduce=lambda tensors, other=other: tuple(other * t for t in tensors),
         )
-        optimizer.step(lambda: v.square().sum(), lambda: g8(u, v))  # noqa: B023
+        loss = optimizer.step(lambda: v.square().sum(), lambda: g8(u, v))  # noqa: B023
+        assert loss.item() == pytest.approx(0.0)  # f itself, although the term of h is 0.5
         grown.append(optimizer.inequality_multipliers["upper"][0].item())
     assert grown == [pytest.approx(0.1), pytest.approx(0.05)]
 
@@ -668,9 +669,10 @@ def test_one_lower_entry_with_opposite_gradients_still_learns_its_multiplier():
     """r = -grad_v f / |grad_v f| at the start: their directions cancel in the curvature probe."""
     u, v = leaf([4.0]), leaf([1.0])
     optimizer = PenaltyBilevelOptimizer([u], SGD([v], 0.1), upper_lr=0.0, penalty=PLAIN)
-    for _ in range(60):
+    for _ in range(15):  # v rises towards 2, so the directions stay opposite
         optimizer.step(lambda: (v + u).square().sum(), lambda: (v - 0.5 * u).square().sum())
-    torch.testing.assert_close(optimizer.adjoint[0].item(), -(2.0 + 4.0), rtol=0, atol=1e-4)
+    # L = H = 2, so nu solves the adjoint equation of the point before at each step.
+    assert optimizer.adjoint[0].item() == pytest.approx(-(v.item() + 4), abs=0.05)
 
 
 @pytest.mark.parametrize(
