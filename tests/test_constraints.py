@@ -667,12 +667,11 @@ def test_constraints_change_the_outcome():
 
 def test_one_lower_entry_with_opposite_gradients_still_learns_its_multiplier():
     """r = -grad_v f / |grad_v f| at the start: their directions cancel in the curvature probe."""
-    u, v = leaf([4.0]), leaf([1.0])
-    optimizer = PenaltyBilevelOptimizer([u], SGD([v], 0.1), upper_lr=0.0, penalty=PLAIN)
-    for _ in range(15):  # v rises towards 2, so the directions stay opposite
+    u, v = leaf([4.0]), leaf([0.0])  # grad_v f = 8 and r = -4: they cancel without rounding
+    optimizer = PenaltyBilevelOptimizer([u], SGD([v], 0.0), upper_lr=0.0, penalty=PLAIN)
+    for _ in range(3):
         optimizer.step(lambda: (v + u).square().sum(), lambda: (v - 0.5 * u).square().sum())
-    # L = H = 2, so nu solves the adjoint equation of the point before at each step.
-    assert optimizer.adjoint[0].item() == pytest.approx(-(v.item() + 4), abs=0.05)
+    assert optimizer.adjoint[0].item() == pytest.approx(-4.0)
 
 
 @pytest.mark.parametrize(
