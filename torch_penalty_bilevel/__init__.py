@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import constraints as constraints
 from . import functional as functional
 from .curvature import DoubleBackward as DoubleBackward
 from .curvature import FiniteDifference as FiniteDifference
@@ -42,6 +43,7 @@ __all__ = [
     "Stationarity",
     "UnusedParameterError",
     "ValueGap",
+    "constraints",
     "functional",
     "minimize",
 ]

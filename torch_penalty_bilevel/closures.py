@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
+from .constraints import Inequality
 from .curvature import Curvature, VectorJacobian
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
+
+Inequalities: TypeAlias = tuple[Sequence[Inequality], Sequence[Inequality]]
+"""Of the upper and of the lower level."""
 
 
 class _Check(Protocol):
@@ -39,12 +43,14 @@ def losses_of(
     lower_rule: Optimizer,
     guard: BufferGuard,
     lower_is_map: bool,
+    inequalities: Inequalities = ((), ()),
 ) -> Losses:
     """Pure functions where the engine needs them, else live closures."""
     check_callables(upper_closure, lower_closure)
     if isinstance(curvature, VectorJacobian):
-        return pure(upper_closure, lower_closure, upper_rule, lower_rule, guard, lower_is_map)
-    return live(upper_closure, lower_closure, guard, lower_rule, lower_is_map)
+        rules = upper_rule, lower_rule
+        return pure(upper_closure, lower_closure, *rules, guard, lower_is_map, inequalities)
+    return live(upper_closure, lower_closure, guard, lower_rule, lower_is_map, inequalities)
 
 
 def live(
@@ -53,10 +59,11 @@ def live(
     guard: BufferGuard,
     lower_rule: Optimizer,
     lower_is_map: bool,
+    inequalities: Inequalities = ((), ()),
 ) -> Losses:
     """Closures that read live tensors: each call is one evaluation under the buffer guard."""
 
-    def adapted(closure: Callable[[], Any], level: Level, check: _Check) -> Callable[..., Any]:
+    def adapted(closure: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
         def loss(upper: Tensors, lower: Tensors) -> Any:
             del upper, lower  # the closure reads the very tensors
             # Inside an autocast block of the caller, copies of parameters that have moved.
@@ -68,7 +75,10 @@ def live(
 
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
     return Losses(
-        adapted(upper_closure, "upper", _checked), adapted(lower_closure, "lower", check_lower)
+        adapted(upper_closure, "upper", _checked),
+        adapted(lower_closure, "lower", check_lower),
+        upper_values=tuple(adapted(i.closure, "upper", _checked_values) for i in inequalities[0]),
+        lower_values=tuple(adapted(i.closure, "lower", _checked_values) for i in inequalities[1]),
     )
 
 
@@ -79,6 +89,7 @@ def pure(
     lower_rule: Optimizer,
     guard: BufferGuard,
     lower_is_map: bool,
+    inequalities: Inequalities = ((), ()),
 ) -> Losses:
     """Functions of (upper, lower), each a tuple of tensors or a dict by name."""
     structured_upper = _structure(upper_rule, "upper")
@@ -94,8 +105,22 @@ def pure(
 
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
     return Losses(
-        adapted(upper_function, "upper", _checked), adapted(lower_function, "lower", check_lower)
+        adapted(upper_function, "upper", _checked),
+        adapted(lower_function, "lower", check_lower),
+        upper_values=tuple(adapted(i.closure, "upper", _checked_values) for i in inequalities[0]),
+        lower_values=tuple(adapted(i.closure, "lower", _checked_values) for i in inequalities[1]),
     )
+
+
+def _checked_values(value: Any, level: Level, *, differentiable: bool) -> Tensor:
+    del differentiable  # h may be constant where the bound does not apply
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"the closure of {level}_constraint's Inequality returned {kind}; return a real "
+            "floating-point tensor h, of which h <= 0 is wanted"
+        )
+    return value
 
 
 def _structure(rule: Optimizer, level: Level) -> Callable[[Sequence[Tensor]], Any]:

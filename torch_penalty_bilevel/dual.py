@@ -56,13 +56,18 @@ class DualState(NamedTuple):
             moments=fill(self.moments, part.moments),
         )
 
-    def extended(self, new: Sequence[Tensor]) -> DualState:
-        """With zeros, and copies in z, for lower parameters added at the end."""
+    def extended(self, new: Sequence[Tensor], at: int | None = None) -> DualState:
+        """With zeros, and copies in z, for lower tensors inserted at ``at``; None: at the end."""
+        at = len(self.multiplier) if at is None else at
+
+        def fill(old: tuple[Any, ...], added: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*old[:at], *added, *old[at:])
+
         return self._replace(
-            multiplier=self.multiplier + zeros_for(new),
-            probe=self.probe + zeros_for(new) if self.probe else (),
-            tracker=self.tracker + clones(new) if self.tracker else (),
-            moments=self.moments + ({},) * len(new) if self.tracker else (),
+            multiplier=fill(self.multiplier, zeros_for(new)),
+            probe=fill(self.probe, zeros_for(new)) if self.probe else (),
+            tracker=fill(self.tracker, clones(new)) if self.tracker else (),
+            moments=fill(self.moments, ({},) * len(new)) if self.tracker else (),
         )
 
     def packed(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
+from .faces import Faces
 from .tensors import OptionalTensors, Tensors, norms
 
 
@@ -42,6 +43,12 @@ class Evaluation(NamedTuple):
     """(g(u, z),); empty without z."""
     tracker_residual: Tensors = ()
     """grad_v g(u, z); empty without z."""
+    lower_face: Faces = Faces()
+    """The critical face of v; the vectors above lie in its span."""
+    upper_face: Faces = Faces()
+    """The critical face of u."""
+    upper_values: Tensors = ()
+    """h of each upper inequality."""
 
 
 class Norms(NamedTuple):

@@ -89,9 +89,12 @@ class LeastSquares:
 
     def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
-        if state.steps == 0:
-            return _unit(axpy(1.0, _unit(residual), _unit(slope)))
-        return state.probe
+        if state.scalars["curvature"] > 0:
+            return state.probe
+        first = _unit(residual)
+        both = axpy(1.0, first, _unit(slope))
+        # Opposite directions cancel (always possible with one lower entry): then one will do.
+        return _unit(both) if float(norm(both)) > 1e-3 else first
 
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms

@@ -23,7 +23,8 @@ from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .randomness import RandomState
 from .report import HypergradientReport
-from .tensors import Pair, Tensors, placed, zeros_for
+from .restrictions import Constraint, Restrictions
+from .tensors import Pair, Tensors, clones, placed, zeros_for
 from .transaction import all_or_nothing, rehearsal
 
 Closure: TypeAlias = Callable[..., Tensor]
@@ -68,6 +69,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             parameter order or, for parameters given with names, a dict) or an object.
         reduce: averages a tuple of tensors over workers; default: one worker.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
+        upper_constraint: an object of ``constraints``, or a list with any number of ``Inequality``.
+            Every upper tensor is in the set after each step; ``p.grad`` is then the part of the
+            hypergradient that feasible motion can follow.
+        lower_constraint: likewise; the hypergradient is that of the constrained lower problem.
+            Needs ``"stationarity"`` or, for a set, ``"paper"``.
 
     Raises:
         ValueError, TypeError: at construction, naming the argument, its value and the remedy.
@@ -94,6 +100,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "curvature",
         "reduce",
         "allow_unused",
+        "_sets",
         "metrics",
         "_dual",
         "_adjoint",
@@ -115,6 +122,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         curvature: str | Curvature = "auto",
         reduce: Reduce | None = None,
         allow_unused: bool = False,
+        upper_constraint: Constraint | Sequence[Constraint] | None = None,
+        lower_constraint: Constraint | Sequence[Constraint] | None = None,
     ) -> None:
         check_count("lower_steps", lower_steps, at_least=1)
         check_count("warmup_steps", warmup_steps, at_least=0)
@@ -132,8 +141,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
+        self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
         self.metrics = Metrics.unknown()
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
+        self._sets.check_penalty(self.penalty, self._dual)
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0}
         self._dependence_checked = False
@@ -220,6 +231,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             resolve: also take finite differences of f(u, v*(u)), g solved by L-BFGS; None: where
                 v has at most 2,000 numbers (one device, not 16 bits) and the closures repeat.
         """
+        self._sets.check_comparable()
         options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
         with rehearsal([self.upper, self.lower], self._devices()) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
@@ -233,7 +245,12 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     @property
     def adjoint(self) -> Tensors:
         """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
-        return self._adjoint
+        return self._adjoint[: len(levels.parameters(self.lower))]
+
+    @property
+    def inequality_multipliers(self) -> dict[str, Tensors]:
+        """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
+        return {k: clones(held) for k, held in self._sets.saved().items()}
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
         rule, moving = self.penalty.rule, self._moving_lower()
@@ -241,25 +258,26 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         direction, advanced = rule.lower_update(dual, evaluation, norms)
         lower = self._point().lower
         if advanced.tracker:
-            tracker, moments = stepped(
-                self.lower,
-                lower,
-                advanced.tracker,
-                evaluation.tracker_residual,
-                advanced.moments,
-            )
+            pull = evaluation.tracker_residual
+            tracker, moments = stepped(self.lower, lower, advanced.tracker, pull, advanced.moments)
             advanced = advanced._replace(tracker=tracker, moments=moments)
-        for parameter, gradient in zip(lower, direction, strict=True):
+        for parameter, gradient in zip(lower, direction, strict=False):
             parameter.grad = gradient.to(parameter.dtype)
-        self.lower.step()
+        with evaluation.lower_face.retracting(lower):
+            self.lower.step()
+        advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving)
-        self._adjoint = self._merged(rule.adjoint(advanced, evaluation.residual))
+        adjoint = rule.adjoint(advanced, evaluation.residual)
+        self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
-        for parameter, gradient in zip(self._point().upper, evaluation.upper_grad, strict=True):
+        point = self._point().upper
+        for parameter, gradient in zip(point, evaluation.upper_grad, strict=True):
             parameter.grad = gradient
         if not hold:
-            levels.step_touched_rows(self.upper)
+            with evaluation.upper_face.retracting(point):
+                levels.step_touched_rows(self.upper)
+            self._sets.upper.ascend(evaluation.upper_values)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
         self._dual = self._dual.merged(advanced, moving)
@@ -272,17 +290,21 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
     ) -> Generator[Evaluate]:
         """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
-        before = self._dual, self._adjoint, self.metrics, dict(self._counts)
+        counts = dict(self._counts)
+        before = self._dual, self._adjoint, self.metrics, counts, self._sets.multipliers
         try:
             with all_or_nothing(rules, self._devices()) as guard:
                 losses = self._losses(upper_closure, lower_closure, guard)
                 yield lambda: self._evaluate(losses)
         except BaseException:
-            self._dual, self._adjoint, self.metrics, self._counts = before
+            self._dual, self._adjoint, self.metrics, self._counts, self._sets.multipliers = before
             raise
 
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
         at, names = self._point(), self._moving_upper_names()
+        self._dual = self._sets.start(losses, at, self._dual)
+        self._adjoint += self._dual.multiplier[len(self._adjoint) :]
+        at = self._sets.extended(at)
         if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))
             is_map = self.penalty.lower_is_map
@@ -292,12 +314,14 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
+        values = losses.upper_values
+        evaluation = self._sets.upper.restricted(evaluation, at, values, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
         # Once is a coincidence of symmetric starts; never again after the warning.
-        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0
+        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0 and self._sets.upper.is_free
         self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
         if self._zeros_in_a_row == 3:
             warn_of_zero()
@@ -308,15 +332,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         return evaluation, norms
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
-        return closures.losses_of(
-            self.curvature,
-            upper,
-            lower,
-            self.upper,
-            self.lower,
-            guard,
-            self.penalty.lower_is_map,
+        is_map, rules = self.penalty.lower_is_map, (self.upper, self.lower)
+        losses = closures.losses_of(
+            self.curvature, upper, lower, *rules, guard, is_map, self._sets.inequalities
         )
+        return self._sets.applied(losses)
 
     def _devices(self) -> list[torch.device]:
         return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
@@ -328,7 +348,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         return Pair(tuple(upper), tuple(lower))
 
     def _moving_lower(self) -> list[bool]:
-        return [p.requires_grad for p in levels.parameters(self.lower)]
+        moving = [p.requires_grad for p in levels.parameters(self.lower)]
+        return moving + [True] * len(self._sets.lower.multipliers)
 
     def _moving_upper_names(self) -> list[str]:
         named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
@@ -344,8 +365,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         if level == "lower":
-            self._dual = self._dual.extended(parameters)
-            self._adjoint = (*self._adjoint, *zeros_for(parameters))
+            end = len(self._adjoint) - len(self._sets.lower.multipliers)
+            self._dual = self._dual.extended(parameters, end)
+            self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
         self._dependence_checked = False
 
     def _own_state(self) -> dict[str, Any]:
@@ -354,6 +376,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             "penalty": self.penalty.name,
             "adjoint": list(self._adjoint),
             **self._dual.packed(),
+            "inequalities": self._sets.saved(),
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
@@ -364,10 +387,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
                 f"the checkpoint was made with penalty {own['penalty']!r}, this optimizer has "
                 f"{self.penalty.name!r}"
             )
-        self._dual.check(own)
+        self._sets.check(own["inequalities"], self._dual).check(own)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._dual = self._dual.unpacked(own)
+        self._dual = self._sets.check(own["inequalities"], self._dual).unpacked(own)
+        self._sets.load(own["inequalities"], levels.parameters(self.upper)[0].device)
         self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
         if own["switched"] and isinstance(self.curvature, Automatic):

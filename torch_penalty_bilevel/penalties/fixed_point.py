@@ -62,6 +62,7 @@ class FixedPoint:
 
     name = "fixed_point"
     lower_is_map = True
+    takes_lower_constraints = False
 
     def __init__(self, multiplier: str | MultiplierRule = "least_squares") -> None:
         rule = resolve_multiplier(multiplier)

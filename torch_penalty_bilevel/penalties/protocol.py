@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from ..curvature import Curvature, Loss
 from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
+from ..faces import FacesOf, everywhere
 from ..tensors import Pair, Tensors
 
 Reduce: TypeAlias = Callable[[Tensors], Tensors]
@@ -20,12 +21,18 @@ def one_worker(tensors: Tensors) -> Tensors:
 
 
 class Losses(NamedTuple):
-    """f and g, or f and Phi."""
+    """f, g or Phi, the set that v stays in, and inequalities."""
 
     upper: Loss
     """(upper, lower) -> f, 0-d."""
     lower: Callable[[Tensors, Tensors], Any]
     """(upper, lower) -> g, 0-d; with ``lower_is_map`` Phi, shaped like ``lower``."""
+    lower_faces: FacesOf = everywhere
+    """Of the set that v stays in."""
+    upper_values: tuple[Loss, ...] = ()
+    """h of each upper inequality: (upper, lower) -> a tensor of any shape."""
+    lower_values: tuple[Loss, ...] = ()
+    """h of each lower inequality."""
 
 
 class Penalty(Protocol):
@@ -34,6 +41,8 @@ class Penalty(Protocol):
     name: str
     lower_is_map: bool
     """Does the lower closure return Phi(u, v) instead of g(u, v)?"""
+    takes_lower_constraints: bool
+    """Does ``evaluate`` respect ``Losses.lower_faces`` and multipliers at the end of ``lower``?"""
 
     @property
     def rule(self) -> MultiplierRule:

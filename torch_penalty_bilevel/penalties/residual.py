@@ -7,6 +7,7 @@ from torch import Tensor
 from ..curvature import Linearised
 from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
+from ..faces import FacesOf, everywhere
 from ..tensors import (
     OptionalPair,
     OptionalTensors,
@@ -29,6 +30,7 @@ def evaluate_residual(
     linearised: Linearised,
     product_cost: int,
     reduce: Reduce,
+    lower_faces: FacesOf = everywhere,
 ) -> Evaluation:
     """The adjoint q = nu + gamma r, a = grad_v f + (dr/dv)'q and grad_u f + (dr/du)'q.
 
@@ -40,17 +42,22 @@ def evaluate_residual(
         linearised: r and the product q -> ((dr/du)'q, (dr/dv)'q).
         product_cost: gradient evaluations per product.
         reduce: averages over workers.
+        lower_faces: of the set that v stays in; r, q and a lie in the span of the critical face.
     """
     upper_loss, direct = upper
-    residual = reduce(linearised.residual)
-    adjoint = rule.adjoint(state, residual)
+    full_residual = reduce(linearised.residual)
+    face = lower_faces(at.lower, full_residual)
+    residual = face.tangent(full_residual)
+    adjoint = face.tangent(rule.adjoint(state, residual))
     indirect = linearised.product(cast_like(adjoint, at.lower))
     product, slope, upper_grad = _reduced(indirect, direct, at, reduce)
     probe_product: Tensors = ()
     if rule.probes(state):
-        probe = rule.probe(state, residual, slope)
+        probe = rule.probe(state, full_residual, slope)
         curved = linearised.product(cast_like(probe, at.lower)).lower
-        probe_product = reduce(filled(curved, at.lower))
+        probe_product = face.curved(reduce(filled(curved, at.lower)), probe)
+    product = face.tangent(face.curved(product, adjoint))
+    slope = face.tangent(slope)
     return Evaluation(
         upper_loss=upper_loss,
         lower_loss=linearised.loss,
@@ -62,6 +69,7 @@ def evaluate_residual(
         product_norms=norms(product),
         probe_product=probe_product,
         cost=2 + product_cost * (2 if probe_product else 1),
+        lower_face=face,
     )
 
 

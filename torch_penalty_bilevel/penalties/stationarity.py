@@ -26,6 +26,9 @@ class Stationarity:
     q = -H^{-1}(grad_v f - e), so the upper gradient is the implicit hypergradient up to
     J H^{-1} e: ||e|| certifies it, and every step has it for nothing.
 
+    With a constraint on the lower level r, q and a are projected onto the span of the critical
+    face, and H acts with the curvature of its boundary (see ``constraints``).
+
     The residual is reduced over workers *before* the product: q is not linear in the data
     when gamma > 0, so averaging each worker's product instead would penalise each worker's own
     ||r||^2, a different function.
@@ -42,6 +45,7 @@ class Stationarity:
 
     name = "stationarity"
     lower_is_map = False
+    takes_lower_constraints = True
 
     def __init__(
         self,
@@ -63,5 +67,7 @@ class Stationarity:
         if other_residual is not None:
             linearised = linearised._replace(residual=other_residual)
         cost = curvature.product_cost
-        evaluation = evaluate_residual(self.rule, state, at, upper, linearised, cost, reduce)
+        evaluation = evaluate_residual(
+            self.rule, state, at, upper, linearised, cost, reduce, losses.lower_faces
+        )
         return evaluation._replace(cost=evaluation.cost + self.independent_batches)

@@ -100,6 +100,7 @@ class ValueGap:
 
     name = "value"
     lower_is_map = False
+    takes_lower_constraints = False
     shares_evaluation = True
 
     _AVERAGE_MEMORY = 0.99
