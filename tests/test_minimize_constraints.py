@@ -195,7 +195,7 @@ def test_barrier_is_smooth_and_convex() -> None:
         value = phi(u, None)
         (slope,) = torch.autograd.grad(value, u, create_graph=True)
         (curvature,) = torch.autograd.grad(slope.sum(), u)
-        return [float(value), float(slope), float(curvature)]
+        return [x.item() for x in (value, slope, curvature)]
 
     for below, above in zip(
         derivatives(delta * (1 - 1e-9)), derivatives(delta * (1 + 1e-9)), strict=True

@@ -135,7 +135,7 @@ def weakly_active(
     """Are both z and the multiplier tau / z of a constraint small, but far from tau?"""
     trees = losses.upper_level.tree(u), losses.lower_level.tree(v)
     gaps = [-h(*trees).detach() for h in values]
-    return any(bool((torch.minimum(z, tau / z) > 1e3 * tau).any()) for z in gaps)
+    return any(bool((torch.minimum(z, tau / z) > 1e2 * tau).any()) for z in gaps)
 
 
 def along_the_path(losses: Losses, path: Path, values: Sequence[Values]) -> tuple[Tensor, Tensor]:
