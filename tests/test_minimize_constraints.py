@@ -172,6 +172,15 @@ def test_inequality_in_both_variables() -> None:
     assert_close(result.lower, vector(0.5), rtol=0, atol=1e-3)
 
 
+def test_infeasible_is_said() -> None:
+    loss = lambda u, v: square(v - u) + square(u)  # noqa: E731
+    box, h = constraints.Box(0.0, 1.0), constraints.Inequality(lambda u, v: 2 - u)
+    result = minimize(loss, loss, vector(0.5), vector(0.5), upper_constraint=[box, h])
+    assert result.status == "infeasible"
+    assert not result.converged
+    assert "start inside" in result.message
+
+
 def test_other_constraints_are_refused() -> None:
     loss = lambda u, v: square(v - u)  # noqa: E731
     with pytest.raises(TypeError, match="upper_constraint must be Box"):
