@@ -36,8 +36,8 @@ MESSAGES = {
         "lower tolerance, or drop the constraint if it is not needed"
     ),
     "infeasible": (
-        "a constraint stays violated: no feasible point was found near the path, or upper variables "
-        "that the losses do not determine ran off; start inside, bound or regularise them"
+        "a constraint stays violated: no feasible point was found near the path, or upper "
+        "variables that the losses do not determine ran off; start inside, bound or regularise them"
     ),
     "unbounded": (
         "the upper loss falls without bound along the lower solutions; bound or regularise upper"
@@ -66,7 +66,8 @@ class MinimizeResult:
             differentiate g three times count two.
         iterations: trust-region steps tried.
         status: "converged", "flat_upper", "lower_tie", "lower_not_global", "lower_not_solved",
-            "weakly_active", "infeasible", "budget", "stalled", "unbounded" or "stopped"; "running" in a callback.
+            "weakly_active", "infeasible", "budget", "stalled", "unbounded" or "stopped";
+            "running" in a callback.
         message: what happened and what to try.
     """
 
