@@ -174,6 +174,14 @@ def test_inequality_in_both_variables() -> None:
     assert_close(result.lower, vector(0.5), rtol=0, atol=1e-3)
 
 
+def test_losses_are_reported_without_the_barrier() -> None:
+    problem = testing.get("d_1978_01")
+    result = solve(problem, problem.start(torch.Generator().manual_seed(0)), tolerance=1e-2)
+    at = result.upper, result.lower
+    assert result.upper_loss == pytest.approx(float(problem.upper_loss(*at)), rel=1e-14)
+    assert result.lower_loss == pytest.approx(float(problem.lower_loss(*at)), rel=1e-14)
+
+
 def test_infeasible_is_said() -> None:
     loss = lambda u, v: square(v - u) + square(u)  # noqa: E731
     box, h = constraints.Box(0.0, 1.0), constraints.Inequality(lambda u, v: 2 - u)
