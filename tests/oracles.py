@@ -40,6 +40,8 @@ def exact_hypergradient(f, g, u, v):
 
 
 class LeastSquaresTwin:
+    derivatives, least_curvature = staticmethod(derivatives), 0.0
+
     def __init__(self, f, g, u, v, lr, lower_steps=1, damping=1.0, share=0.3, ridge=0.0):
         self.f, self.g, self.u, self.v = f, g, u.clone(), v.clone()
         self.upper, self.lower = Adam(lr), Adam(lr)
@@ -49,7 +51,7 @@ class LeastSquaresTwin:
 
     def step(self):
         for _ in range(self.T):
-            self.value, _, f_u, f_v, r, H, J = derivatives(self.f, self.g, self.u, self.v)
+            self.value, _, f_u, f_v, r, H, J = self.derivatives(self.f, self.g, self.u, self.v)
             Hnu = H @ self.nu
             a = f_v + Hnu
             seen = float(Hnu.norm() / self.nu.norm()) if self.nu.norm() > 0 else 0.0
@@ -59,6 +61,7 @@ class LeastSquaresTwin:
                     self.p = r / r.norm() + f_v / f_v.norm()
                 self.p = H @ (self.p / self.p.norm())
                 self.L = max(self.L, float(self.p.norm()))
+            self.L = max(self.L, self.least_curvature)
             self.R = 0.99 * self.R + 0.01 * float(r @ r)
             self.A = 0.99 * self.A + 0.01 * float(a @ a)
             self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
@@ -69,6 +72,53 @@ class LeastSquaresTwin:
             mu = self.ridge * self.L
             self.nu = self.nu - (a + mu * self.nu) / (self.L + mu)
             self.k += 1
+        self.u = self.upper(self.u, self.upper_grad)
+
+
+def map_derivatives(f, phi, u, v):
+    """f, |r|^2 / 2, f_u, f_v, r, r_v', r_u' at one point, for r = v - phi(u, v)."""
+    r = v - phi(u, v)
+    B = torch.eye(len(v), dtype=v.dtype) - jacrev(phi, 1)(u, v)
+    E = -jacrev(phi, 0)(u, v)
+    return f(u, v), 0.5 * r @ r, grad(f, 0)(u, v), grad(f, 1)(u, v), r, B.T, E.T
+
+
+class FixedPointTwin(LeastSquaresTwin):
+    """The same rule with r' in the place of H and L >= 1; here g is the map."""
+
+    derivatives, least_curvature = staticmethod(map_derivatives), 1.0
+
+
+class ValueGapTwin:
+    def __init__(self, f, g, u, v, lr, lower_steps=1, weight=10.0, growth=0.0, relative=True,
+                 cap=100.0):  # fmt: skip
+        self.f, self.g, self.u, self.v, self.z = f, g, u.clone(), v.clone(), v.clone()
+        self.upper, self.lower, self.tracker = Adam(lr), Adam(lr), Adam(lr)
+        self.T, self.weight, self.growth, self.cap = lower_steps, weight, growth, cap
+        self.relative, self.k, self.R, self.S, self.first = relative, 0, 0.0, 0.0, None
+        self.gamma = 0.0 if relative else weight
+
+    def step(self):
+        for _ in range(self.T):
+            at = self.u, self.v
+            self.value, f_u, f_v = self.f(*at), grad(self.f, 0)(*at), grad(self.f, 1)(*at)
+            there = self.u, self.z
+            r, t = grad(self.g, 1)(*at), grad(self.g, 1)(*there)
+            change = grad(self.g, 0)(*at) - grad(self.g, 0)(*there)
+            self.upper_grad = f_u + self.gamma * change
+            self.q = self.gamma * (self.v - self.z)
+            self.residual, self.certificate = r.norm(), (f_v + self.gamma * (r - t)).norm()
+            self.R = 0.99 * self.R + 0.01 * float(r @ r)
+            self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
+            new = self.weight * (math.sqrt(self.S / self.R) if self.relative else 1.0)
+            if self.relative:
+                self.first = self.first or new
+                new = min(new, self.cap * self.first)
+            new *= 1 + self.growth * self.k
+            used = new if self.k == 0 else self.gamma
+            self.v = self.lower(self.v, r + f_v / used)
+            self.z = self.tracker(self.z, t)
+            self.gamma, self.k = new, self.k + 1
         self.u = self.upper(self.u, self.upper_grad)
 
 

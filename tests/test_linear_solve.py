@@ -1,4 +1,4 @@
-"""Conjugate gradients against direct solves."""
+"""Conjugate gradients and least squares against direct solves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from problems import join, normal, spd, split
 from torch import Tensor
 from torch.testing import assert_close
 
-from torch_penalty_bilevel.linear_solve import conjugate_gradient
+from torch_penalty_bilevel.linear_solve import conjugate_gradient, least_squares
 
 SHAPES = {1: ((1,),), 2: ((2,),), 7: ((3,), (2, 2)), 20: ((4, 4), (4,))}
 
@@ -182,3 +182,50 @@ def test_inputs_are_not_modified() -> None:
     copies = tuple(t.clone() for t in right)
     conjugate_gradient(Counted(spd(7, 1), SHAPES[7]), right)
     assert all(torch.equal(a, b) for a, b in zip(right, copies, strict=True))
+
+
+def indefinite(n: int, seed: int, condition: float) -> Tensor:
+    """Eigenvalues 1 .. condition with alternating signs."""
+    basis = torch.linalg.qr(normal(n, n, seed=seed)).Q
+    eigenvalues = torch.logspace(0, math.log10(condition), n, dtype=torch.float64)
+    eigenvalues[::2] *= -1
+    return basis @ torch.diag(eigenvalues) @ basis.T
+
+
+@pytest.mark.parametrize("n", SHAPES)
+@pytest.mark.parametrize("condition", [1.0, 100.0])
+def test_least_squares_solves_indefinite_systems(n: int, condition: float) -> None:
+    matrix, right = indefinite(n, 3, condition), normal(n, seed=50)
+    product = Counted(matrix, SHAPES[n])
+    solution = least_squares(product, split(right, SHAPES[n]), tolerance=1e-12)
+    expected = torch.linalg.solve(matrix, right)
+    # ||x - x*|| <= cond * ten times the tolerance * ||x*||.
+    assert_close(join(solution.value), expected, rtol=1e-10 * condition, atol=1e-10)
+    assert solution.converged
+    assert solution.iterations == product.calls - 1  # the last one confirms the residual
+    true_residual = float((right - matrix @ join(solution.value)).norm())
+    assert solution.residual_norm == pytest.approx(true_residual, rel=1e-6, abs=1e-14)
+
+
+def test_least_squares_takes_two_products_per_distinct_square() -> None:
+    """Eigenvalues 2, -2, 5, -5: two different squares, two iterations."""
+    eigenvalues = torch.tensor([2.0, -2.0, 5.0, -5.0], dtype=torch.float64)
+    right = normal(4, seed=1)
+    solution = least_squares(lambda x: (eigenvalues * x[0],), (right,), tolerance=1e-12)
+    assert solution.iterations == 4
+    assert_close(solution.value[0], right / eigenvalues, rtol=1e-12, atol=0)
+
+
+def test_least_squares_admits_that_there_is_no_solution() -> None:
+    A = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64)
+    right = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
+    solution = least_squares(lambda x: (A * x[0],), (right,))
+    assert not solution.converged
+    assert solution.residual_norm == pytest.approx(3.0)
+    assert "stopped at" in solution.message
+    assert_close(solution.value[0], torch.tensor([1.0, 0.0, -4.0], dtype=torch.float64))
+    early = least_squares(
+        Counted(indefinite(9, 1, 100.0), ((9,),)), (normal(9, seed=2),), max_iterations=4
+    )
+    assert early.iterations == 4
+    assert not early.converged

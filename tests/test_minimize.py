@@ -155,7 +155,7 @@ def test_products_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_sine_ends_in_a_well(seed: int) -> None:
-    """Locally exact: within its well v = t + 2 - u, u = (2 + (t - 2)) / 2, t = 2 pi k - pi / 2."""
+    """Exact within its well, t = 2 pi k - pi / 2; a better one may go unnoticed or be flagged."""
     problem = testing.get("sine")
     result = solve(problem, seed)
     t = float(result.upper + result.lower - 2)

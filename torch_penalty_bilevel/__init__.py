@@ -15,7 +15,10 @@ from .metrics import Metrics as Metrics
 from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
 from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
+from .penalties import FixedPoint as FixedPoint
 from .penalties import Stationarity as Stationarity
+from .penalties import ValueGap as ValueGap
+from .report import HypergradientReport as HypergradientReport
 from .solve import MinimizeResult as MinimizeResult
 from .solve import minimize as minimize
 
@@ -28,6 +31,8 @@ __all__ = [
     "DoubleBackwardError",
     "EpsilonTest",
     "FiniteDifference",
+    "FixedPoint",
+    "HypergradientReport",
     "LeastSquares",
     "Metrics",
     "MinimizeResult",
@@ -36,6 +41,7 @@ __all__ = [
     "PenaltyBilevelOptimizer",
     "Stationarity",
     "UnusedParameterError",
+    "ValueGap",
     "functional",
     "minimize",
 ]

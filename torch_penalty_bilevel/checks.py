@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from . import graph
+from .curvature import Loss
 from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .tensors import OptionalTensors, Pair
 
 
-def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool) -> None:
+def check_count(name: str, value: Any, at_least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+
+
+class Dependence(NamedTuple):
+    """For each upper parameter: is it in the graph of f, and in that of the residual r?"""
+
+    upper_loss: list[bool]
+    residual: list[bool]
+
+
+def dependence(losses: Losses, at: Pair, lower_is_map: bool) -> Dependence:
+    """Look through the graphs of f and r for the upper parameters.
+
+    Raises:
+        ValueError: g does not depend on the lower parameters.
+    """
+    upper_loss = losses.upper(*at)
+    refuse_reentrant_checkpoint(upper_loss)
+    in_upper_loss = graph.reached([upper_loss], at.upper)
+    del upper_loss
+    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
+    return Dependence(in_upper_loss, graph.reached(residual, at.upper))
+
+
+def check_dependence(
+    losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool, lower_is_map: bool
+) -> None:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
     Warns if r depends on none at all: then v does not respond to u and the closures may be swapped.
@@ -24,43 +55,45 @@ def check_dependence(losses: Losses, at: Pair, names: Sequence[str], allow_unuse
         UnusedParameterError: naming the parameters, unless ``allow_unused``.
         ValueError: g does not depend on the lower parameters.
     """
-    upper_loss = losses.upper(*at)
-    refuse_reentrant_checkpoint(upper_loss)
-    in_upper_loss = graph.reached([upper_loss], at.upper)
-    del upper_loss
-    lower_loss = losses.lower(*at)
-    refuse_reentrant_checkpoint(lower_loss)
+    found = dependence(losses, at, lower_is_map)
+    unused = [
+        name
+        for name, direct, indirect in zip(names, *found, strict=True)
+        if not direct and not indirect
+    ]
+    if unused and not allow_unused:
+        raise_unused(unused)
+    if not any(found.residual):
+        warnings.warn(
+            f"{'Phi' if lower_is_map else 'grad_v g'} does not depend on any upper parameter, so v "
+            "does not respond to u and the hypergradient is the plain gradient of f; are the two "
+            "closures swapped?",
+            BilevelWarning,
+            stacklevel=5,
+        )
+
+
+def _residual(lower: Loss, at: Pair) -> list[Tensor]:
+    """The entries of grad_v g that are not None, with their graph."""
+    loss = lower(*at)
+    refuse_reentrant_checkpoint(loss)
     with explained():
         slopes = cast(
             OptionalTensors,
-            torch.autograd.grad(lower_loss, at.lower, create_graph=True, allow_unused=True),
+            torch.autograd.grad(loss, at.lower, create_graph=True, allow_unused=True),
         )
     residual = [r for r in slopes if r is not None]
     if not residual:
         raise ValueError(
             "the lower loss does not depend on any lower parameter; are the two closures swapped?"
         )
-    in_residual = graph.reached(residual, at.upper)
-    unused = [
-        name
-        for name, direct, indirect in zip(names, in_upper_loss, in_residual, strict=True)
-        if not direct and not indirect
-    ]
-    if unused and not allow_unused:
-        raise_unused(unused)
-    if not any(in_residual):
-        warnings.warn(
-            "grad_v g does not depend on any upper parameter, so v does not respond to u and the "
-            "hypergradient is the plain gradient of f; are the two closures swapped?",
-            BilevelWarning,
-            stacklevel=5,
-        )
+    return residual
 
 
 def raise_unused(names: Sequence[str]) -> None:
     """Say which parameters nothing depends on."""
     raise UnusedParameterError(
-        f"neither the upper loss nor the residual of the lower one depends on {list(names)}; "
+        f"neither the upper loss nor the residual of the lower level depends on {list(names)}; "
         "use them in a closure, freeze them with requires_grad_(False), or pass allow_unused=True"
     )
 

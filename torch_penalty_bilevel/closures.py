@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
-from .curvature import Loss
+from .curvature import Curvature, VectorJacobian
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
+
+
+class _Check(Protocol):
+    def __call__(self, value: Any, level: Level, *, differentiable: bool) -> Any: ...
 
 
 def check_callables(upper_closure: Any, lower_closure: Any) -> None:
@@ -27,42 +31,71 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
             )
 
 
+def losses_of(
+    curvature: Curvature,
+    upper_closure: Callable[..., Any],
+    lower_closure: Callable[..., Any],
+    upper_rule: Optimizer,
+    lower_rule: Optimizer,
+    guard: BufferGuard,
+    lower_is_map: bool,
+) -> Losses:
+    """Pure functions where the engine needs them, else live closures."""
+    check_callables(upper_closure, lower_closure)
+    if isinstance(curvature, VectorJacobian):
+        return pure(upper_closure, lower_closure, upper_rule, lower_rule, guard, lower_is_map)
+    return live(upper_closure, lower_closure, guard, lower_rule, lower_is_map)
+
+
 def live(
-    upper_closure: Callable[[], Tensor], lower_closure: Callable[[], Tensor], guard: BufferGuard
+    upper_closure: Callable[[], Any],
+    lower_closure: Callable[[], Any],
+    guard: BufferGuard,
+    lower_rule: Optimizer,
+    lower_is_map: bool,
 ) -> Losses:
     """Closures that read live tensors: each call is one evaluation under the buffer guard."""
 
-    def adapted(closure: Callable[[], Tensor], level: Level) -> Loss:
-        def loss(upper: Tensors, lower: Tensors) -> Tensor:
+    def adapted(closure: Callable[[], Any], level: Level, check: _Check) -> Callable[..., Any]:
+        def loss(upper: Tensors, lower: Tensors) -> Any:
             del upper, lower  # the closure reads the very tensors
             # Inside an autocast block of the caller, copies of parameters that have moved.
             torch.clear_autocast_cache()
             with guard.evaluation(level), torch.enable_grad():
-                return _checked(closure(), level, differentiable=True)
+                return check(closure(), level, differentiable=True)
 
         return loss
 
-    return Losses(adapted(upper_closure, "upper"), adapted(lower_closure, "lower"))
+    check_lower = _image_check(lower_rule) if lower_is_map else _checked
+    return Losses(
+        adapted(upper_closure, "upper", _checked), adapted(lower_closure, "lower", check_lower)
+    )
 
 
 def pure(
-    upper_function: Callable[..., Tensor],
-    lower_function: Callable[..., Tensor],
+    upper_function: Callable[..., Any],
+    lower_function: Callable[..., Any],
     upper_rule: Optimizer,
     lower_rule: Optimizer,
+    guard: BufferGuard,
+    lower_is_map: bool,
 ) -> Losses:
     """Functions of (upper, lower), each a tuple of tensors or a dict by name."""
     structured_upper = _structure(upper_rule, "upper")
     structured_lower = _structure(lower_rule, "lower")
 
-    def adapted(function: Callable[..., Tensor], level: Level) -> Loss:
-        def loss(upper: Tensors, lower: Tensors) -> Tensor:
-            value = function(structured_upper(upper), structured_lower(lower))
-            return _checked(value, level, differentiable=False)
+    def adapted(function: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
+        def loss(upper: Tensors, lower: Tensors) -> Any:
+            with guard.evaluation(level):  # of modules behind torch.func.functional_call
+                value = function(structured_upper(upper), structured_lower(lower))
+            return check(value, level, differentiable=False)
 
         return loss
 
-    return Losses(adapted(upper_function, "upper"), adapted(lower_function, "lower"))
+    check_lower = _image_check(lower_rule) if lower_is_map else _checked
+    return Losses(
+        adapted(upper_function, "upper", _checked), adapted(lower_function, "lower", check_lower)
+    )
 
 
 def _structure(rule: Optimizer, level: Level) -> Callable[[Sequence[Tensor]], Any]:
@@ -78,8 +111,67 @@ def _structure(rule: Optimizer, level: Level) -> Callable[[Sequence[Tensor]], An
     return build
 
 
+def _image_check(rule: Optimizer) -> _Check:
+    """Phi as a tuple with one tensor per lower parameter that moves."""
+    everything = parameters(rule)
+    labels = names(rule, "lower") if are_named(rule) else None
+
+    def checked(value: Any, level: Level, *, differentiable: bool) -> Tensors:
+        image = _as_sequence(value, everything, labels)
+        for part, like, index in zip(image, everything, range(len(image)), strict=True):
+            who = f"lower_closure returned a map whose entry {labels[index] if labels else index!r}"
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{who} is {type(part).__name__}, not a tensor")
+            if part.shape != like.shape:
+                raise ValueError(
+                    f"{who} has shape {tuple(part.shape)}, the lower parameter it belongs to "
+                    f"{tuple(like.shape)}"
+                )
+            if not part.is_floating_point():
+                raise TypeError(f"{who} has dtype {part.dtype}; a map is real and floating")
+        moving = tuple(p for p, like in zip(image, everything, strict=True) if like.requires_grad)
+        if differentiable and not any(p.requires_grad for p in moving):
+            raise ValueError(
+                "lower_closure returned a map that does not depend on any parameter that requires "
+                "grad (computed under no_grad or inference_mode, detached, or from copies?)"
+            )
+        return moving
+
+    return checked
+
+
+def _as_sequence(value: Any, like: Sequence[Tensor], labels: Sequence[str] | None) -> list[Any]:
+    want = (
+        f'penalty="fixed_point" wants Phi(u, v), a tuple of {len(like)} tensor(s) shaped like the '
+        "lower parameters"
+    )
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and (len(like) > 1 or like[0].dim() > 0):
+            raise ValueError(
+                f"lower_closure returned a 0-d tensor, a loss?; {want}. A loss belongs to "
+                'penalty="stationarity" or "value"'
+            )
+        value = (value,)
+    if isinstance(value, dict):
+        found: dict[Any, Any] = value
+        if labels is None or found.keys() != set(labels):
+            raise ValueError(f"lower_closure returned a dict with keys {sorted(found)}; {want}")
+        return [found[label] for label in labels]
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"lower_closure returned {type(value).__name__}; {want}")
+    image: list[Any] = list(value)
+    if len(image) != len(like):
+        raise ValueError(f"lower_closure returned {len(image)} tensors; {want}")
+    return image
+
+
 def _checked(value: Any, level: Level, *, differentiable: bool) -> Tensor:
     who = f"{level}_closure"
+    if level == "lower" and isinstance(value, (tuple, list, dict)):
+        raise TypeError(
+            f"{who} returned {type(value).__name__}, not a 0-d loss; if it is a map Phi(u, v) "
+            'whose fixed point is v, pass penalty="fixed_point"'
+        )
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{who} returned {type(value).__name__}, not a tensor; return the loss itself "

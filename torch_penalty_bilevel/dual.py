@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .evaluation import Evaluation, Norms
-from .tensors import Tensors, zeros_for
+from .moments import Moments, relocated
+from .tensors import Tensors, clones, placed, zeros_for
 
 
 class DualState(NamedTuple):
@@ -20,9 +21,13 @@ class DualState(NamedTuple):
     probe: Tensors
     """A power-iteration vector, shaped like the lower parameters; empty where none is kept."""
     scalars: dict[str, float]
-    """Always ``weight`` (gamma, multiplies ||r||^2 / 2) and ``damping`` (lambda, multiplies g)."""
+    """Always ``weight`` (gamma, multiplies the penalty) and ``damping`` (lambda, multiplies g)."""
     steps: int
     """Lower steps so far."""
+    tracker: Tensors = ()
+    """z, a second lower point that follows argmin g(u, .); empty where none is kept."""
+    moments: tuple[Moments, ...] = ()
+    """What the lower rule remembers about each tensor of z."""
 
     def only(self, moving: Sequence[bool]) -> DualState:
         """Restricted to the lower parameters that move."""
@@ -31,6 +36,8 @@ class DualState(NamedTuple):
         return self._replace(
             multiplier=tuple(itertools.compress(self.multiplier, moving)),
             probe=tuple(itertools.compress(self.probe, moving)),
+            tracker=tuple(itertools.compress(self.tracker, moving)),
+            moments=tuple(itertools.compress(self.moments, moving)),
         )
 
     def merged(self, part: DualState, moving: Sequence[bool]) -> DualState:
@@ -38,19 +45,59 @@ class DualState(NamedTuple):
         if all(moving):
             return part
 
-        def fill(old: Tensors, new: Tensors) -> Tensors:
+        def fill(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
             fresh = iter(new)
             return tuple(next(fresh) if m else t for t, m in zip(old, moving, strict=False))
 
         return part._replace(
-            multiplier=fill(self.multiplier, part.multiplier), probe=fill(self.probe, part.probe)
+            multiplier=fill(self.multiplier, part.multiplier),
+            probe=fill(self.probe, part.probe),
+            tracker=fill(self.tracker, part.tracker),
+            moments=fill(self.moments, part.moments),
         )
 
     def extended(self, new: Sequence[Tensor]) -> DualState:
-        """With zeros for lower parameters added at the end."""
+        """With zeros, and copies in z, for lower parameters added at the end."""
         return self._replace(
             multiplier=self.multiplier + zeros_for(new),
             probe=self.probe + zeros_for(new) if self.probe else (),
+            tracker=self.tracker + clones(new) if self.tracker else (),
+            moments=self.moments + ({},) * len(new) if self.tracker else (),
+        )
+
+    def packed(self) -> dict[str, Any]:
+        """For a state dict; tensors are not copied."""
+        return {
+            "multiplier": list(self.multiplier),
+            "probe": list(self.probe),
+            "scalars": dict(self.scalars),
+            "lower_steps": self.steps,
+            "tracker": list(self.tracker),
+            "moments": [dict(memory) for memory in self.moments],
+        }
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError if ``saved`` cannot replace this state."""
+        theirs = [tuple(t.shape) for t in saved["multiplier"]]
+        here = [tuple(t.shape) for t in self.multiplier]
+        if theirs != here:
+            raise ValueError(f"the checkpoint's multiplier has shapes {theirs}, expected {here}")
+        if saved["scalars"].keys() != self.scalars.keys():
+            raise ValueError(
+                f"the checkpoint holds {sorted(saved['scalars'])}, this rule needs "
+                f"{sorted(self.scalars)}; construct with the rule that made it"
+            )
+
+    def unpacked(self, saved: dict[str, Any]) -> DualState:
+        """``saved`` by ``packed``, copied to where this state's tensors are."""
+        pairs = zip(saved["moments"], self.tracker, strict=True)
+        return DualState(
+            placed(saved["multiplier"], self.multiplier),
+            placed(saved["probe"], self.probe),
+            dict(saved["scalars"]),
+            saved["lower_steps"],
+            placed(saved["tracker"], self.tracker),
+            tuple(relocated(memory, like) for memory, like in pairs),
         )
 
 

@@ -19,11 +19,11 @@ class Evaluation(NamedTuple):
     upper_loss: Tensor
     """f, 0-d."""
     lower_loss: Tensor
-    """g, 0-d."""
+    """g, 0-d; ||r||^2 / 2 where the lower level is a map."""
     adjoint: Tensors
     """q = nu + gamma r, shaped like v."""
     residual: Tensors
-    """r = grad_v g."""
+    """r = grad_v g(u, v), or v - Phi(u, v)."""
     adjoint_residual: Tensors
     """a = grad_v f + H q, with H = d2g/dv2; its norm certifies the hypergradient."""
     upper_grad: OptionalTensors
@@ -34,6 +34,14 @@ class Evaluation(NamedTuple):
     """||H q||_2 of each lower tensor, 0-d."""
     probe_product: Tensors
     """H times the unit direction asked for by the multiplier rule; empty if it asked for none."""
+    cost: int
+    """Gradient evaluations, a second-order product counting as one or two."""
+    tracker: Tensors = ()
+    """z, a second lower point; empty where the penalty keeps none."""
+    tracker_loss: Tensors = ()
+    """(g(u, z),); empty without z."""
+    tracker_residual: Tensors = ()
+    """grad_v g(u, z); empty without z."""
 
 
 class Norms(NamedTuple):
@@ -68,6 +76,8 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         "lower loss g": (evaluation.lower_loss,),
         "adjoint nu + gamma r": norms(evaluation.adjoint),
         "residual grad_v g": norms(evaluation.residual),
+        "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
+        "tracker residual grad_v g(u, z)": norms(evaluation.tracker_residual),
         "upper slope grad_v f": evaluation.slope_norms,
         "second-order product H q": evaluation.product_norms,
         "adjoint residual grad_v f + H q": norms(evaluation.adjoint_residual),
@@ -83,7 +93,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
                 "rates, clip gradients with a step hook on optimizer.lower or optimizer.upper, or "
                 "look for log(0) and division by zero in the losses"
             )
-    _, _, adjoint, residual, slope, product, adjoint_residual, probe, *parts = totals.values()
+    _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, *parts = totals.values()
     return Norms(adjoint, residual, adjoint_residual, slope, product, probe, math.hypot(*parts))
 
 

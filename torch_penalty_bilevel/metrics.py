@@ -21,15 +21,15 @@ class Metrics:
     upper_loss: Tensor
     """f(u, v)."""
     lower_loss: Tensor
-    """g(u, v)."""
+    """g(u, v); ||r||^2 / 2 under ``FixedPoint``, where there is no g."""
     residual_norm: Tensor
-    """||r||_2 = ||grad_v g||_2: how far v is from a stationary point of g."""
+    """||r||_2, r = grad_v g(u, v) or v - Phi(u, v): how far v is from a lower solution."""
     adjoint_residual_norm: Tensor
     """||grad_v f + H q||_2, the certificate: how far q is from the exact adjoint."""
     upper_grad_norm: Tensor
     """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate."""
     penalty_weight: Tensor
-    """gamma, multiplies ||r||^2 / 2."""
+    """gamma, multiplies ||r||^2 / 2 or the value gap; of a relative one 0 until the first step."""
     damping: Tensor
     """lambda, multiplies g in the lower level."""
     gradient_evaluations: int

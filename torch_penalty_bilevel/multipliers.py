@@ -7,6 +7,7 @@ A rule is a set of constants; what changes lives in a ``DualState`` that goes in
 
 from __future__ import annotations
 
+import copy
 import math
 
 from .dual import DualState, MultiplierRule
@@ -56,6 +57,7 @@ class LeastSquares:
     _AVERAGE_MEMORY = 0.99
     _FIRST_PROBES = 10
     _PROBE_EVERY = 20
+    _least_curvature = 0.0
 
     def __init__(self, damping: float = 1.0, share: float = 0.3, ridge: float = 0.0) -> None:
         if not 0 < damping < math.inf:
@@ -67,6 +69,12 @@ class LeastSquares:
         self.damping = damping
         self.share = share
         self.ridge = ridge
+
+    def bounded_below(self, curvature: float) -> LeastSquares:
+        """The same rule with L >= ``curvature``, whatever is seen."""
+        rule = copy.copy(self)
+        rule._least_curvature = curvature
+        return rule
 
     def start(self, lower: Tensors) -> DualState:
         averages = {"residual_square": 0.0, "adjoint_square": 0.0, "slope_square": 0.0}
@@ -109,7 +117,9 @@ class LeastSquares:
 
         seen = max(_ratio(norms.product, norms.adjoint), norms.probe_product)
         return old | {
-            "curvature": max(self._CURVATURE_MEMORY * old["curvature"], seen),
+            "curvature": max(
+                self._CURVATURE_MEMORY * old["curvature"], seen, self._least_curvature
+            ),
             "residual_square": average("residual_square", norms.residual),
             "adjoint_square": average("adjoint_square", norms.adjoint_residual),
             "slope_square": average("slope_square", norms.slope),

@@ -6,34 +6,28 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import closures, levels, penalties
+from . import closures, levels, penalties, self_check
 from . import curvature as engines
-from .checks import check_dependence, raise_unused, warn_of_zero
+from .borrowed import stepped
+from .buffers import BufferGuard
+from .checks import check_count, check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
-from .curvature import Automatic, Curvature, VectorJacobian
-from .dual import DualState
+from .curvature import Automatic, Curvature
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
-from .penalties import Losses, Penalty, Reduce
+from .penalties import Losses, Penalty, Reduce, one_worker
 from .randomness import RandomState
-from .tensors import Pair, Tensors, zeros_for
-from .transaction import all_or_nothing
+from .report import HypergradientReport
+from .tensors import Pair, Tensors, placed, zeros_for
+from .transaction import all_or_nothing, rehearsal
 
 Closure: TypeAlias = Callable[..., Tensor]
 Evaluate: TypeAlias = Callable[[], tuple[Evaluation, Norms]]
-
-
-def _identity(tensors: Tensors) -> Tensors:
-    return tensors
-
-
-def _check_count(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
 
 
 class PenaltyBilevelOptimizer(TwoLevelOptimizer):
@@ -67,7 +61,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         lower_steps: v-steps before each u-step in ``step``.
         warmup_steps: the first so many calls of ``step`` move v and the multiplier only, so that u
             starts on a hypergradient that is already about right.
-        penalty: ``"stationarity"``, ``"paper"`` (the published schedule) or an object.
+        penalty: ``"stationarity"``, ``"paper"`` (the published schedule), ``"value"`` (gradients
+            only), ``"fixed_point"`` (the lower closure returns a map Phi(u, v)) or an object.
         curvature: ``"auto"``, ``"double_backward"``, ``"finite_difference"``, ``"functional"``
             (torch.func; the closures are then pure functions of (upper, lower), each a tuple in
             parameter order or, for parameters given with names, a dict) or an object.
@@ -121,8 +116,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         reduce: Reduce | None = None,
         allow_unused: bool = False,
     ) -> None:
-        _check_count("lower_steps", lower_steps, at_least=1)
-        _check_count("warmup_steps", warmup_steps, at_least=0)
+        check_count("lower_steps", lower_steps, at_least=1)
+        check_count("warmup_steps", warmup_steps, at_least=0)
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
         if upper is lower and isinstance(upper, Optimizer):
@@ -133,9 +128,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._join(upper_rule, lower_rule)
         self.lower_steps = lower_steps
         self.warmup_steps = warmup_steps
-        self.penalty = penalties.resolve(penalty)
         self.curvature = engines.resolve(curvature)
-        self.reduce: Reduce = reduce or _identity
+        self.penalty = penalties.resolve(penalty, self.curvature)
+        self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
         self.metrics = Metrics.unknown()
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
@@ -202,6 +197,39 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._opt_called = True
         return evaluation.upper_loss
 
+    def check_hypergradient(
+        self,
+        upper_closure: Closure,
+        lower_closure: Closure,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
+        damping: float = 0.0,
+        resolve: bool | None = None,
+    ) -> HypergradientReport:
+        """Compare the estimate with exact hypergradients; ``print`` the report it returns.
+
+        May cost a thousand steps; moves nothing, also when it raises what ``step`` would.
+
+        Args:
+            upper_closure: as in ``step``; draw the batch outside, so that all see the same data.
+            lower_closure: likewise.
+            tolerance: bound on ||H q + grad_v f|| / ||grad_v f||; None: what the dtype allows.
+            max_iterations: products at most; None: ten per lower unknown, at most 1,000.
+            damping: lambda >= 0 of the exact solve, (H + lambda I) q = -grad_v f.
+            resolve: also take finite differences of f(u, v*(u)), g solved by L-BFGS; None: where
+                v has at most 2,000 numbers (one device, not 16 bits) and the closures repeat.
+        """
+        options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
+        with rehearsal([self.upper, self.lower], self._devices()) as guard:
+            losses = self._losses(upper_closure, lower_closure, guard)
+            at, names = self._point(), self._moving_upper_names()
+            dual, step = self._dual.only(self._moving_lower()), self._counts["steps"] + 1
+            subject = self_check.Subject(
+                losses, at, names, dual, self.penalty, self.curvature, self.reduce, step
+            )
+            return self_check.check(subject, options)
+
     @property
     def adjoint(self) -> Tensors:
         """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
@@ -211,7 +239,17 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         rule, moving = self.penalty.rule, self._moving_lower()
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
-        for parameter, gradient in zip(self._point().lower, direction, strict=True):
+        lower = self._point().lower
+        if advanced.tracker:
+            tracker, moments = stepped(
+                self.lower,
+                lower,
+                advanced.tracker,
+                evaluation.tracker_residual,
+                advanced.moments,
+            )
+            advanced = advanced._replace(tracker=tracker, moments=moments)
+        for parameter, gradient in zip(lower, direction, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         self.lower.step()
         self._dual = self._dual.merged(advanced, moving)
@@ -234,15 +272,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
     ) -> Generator[Evaluate]:
         """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
-        closures.check_callables(upper_closure, lower_closure)
         before = self._dual, self._adjoint, self.metrics, dict(self._counts)
-        devices = [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
         try:
-            with all_or_nothing(rules, devices) as guard:
-                if isinstance(self.curvature, VectorJacobian):
-                    losses = closures.pure(upper_closure, lower_closure, self.upper, self.lower)
-                else:
-                    losses = closures.live(upper_closure, lower_closure, guard)
+            with all_or_nothing(rules, self._devices()) as guard:
+                losses = self._losses(upper_closure, lower_closure, guard)
                 yield lambda: self._evaluate(losses)
         except BaseException:
             self._dual, self._adjoint, self.metrics, self._counts = before
@@ -252,11 +285,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at, names = self._point(), self._moving_upper_names()
         if not self._dependence_checked:
             random = RandomState(p.device for p in (*at.upper, *at.lower))
-            check_dependence(losses, at, names, self.allow_unused)
+            is_map = self.penalty.lower_is_map
+            check_dependence(losses, at, names, self.allow_unused, is_map)
             random.restore()  # so that a resumed run, which checks again, draws the same numbers
             self._dependence_checked = True
-        if isinstance(self.curvature, VectorJacobian):  # no outer graph around torch.func's
-            at = Pair(tuple(t.detach() for t in at.upper), tuple(t.detach() for t in at.lower))
+        at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
@@ -268,12 +301,25 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
         if self._zeros_in_a_row == 3:
             warn_of_zero()
-        products = 2 if evaluation.probe_product else 1
-        self._counts["gradient_evaluations"] += 2 + self.curvature.product_cost * products
+        self._counts["gradient_evaluations"] += evaluation.cost
         self.metrics = Metrics.of(
             evaluation, norms, dual.scalars, self._counts["gradient_evaluations"]
         )
         return evaluation, norms
+
+    def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
+        return closures.losses_of(
+            self.curvature,
+            upper,
+            lower,
+            self.upper,
+            self.lower,
+            guard,
+            self.penalty.lower_is_map,
+        )
+
+    def _devices(self) -> list[torch.device]:
+        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
 
     def _point(self) -> Pair:
         """The parameters that move, as they are now."""
@@ -305,39 +351,24 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     def _own_state(self) -> dict[str, Any]:
         return {
             "format": 1,
-            "multiplier": list(self._dual.multiplier),
-            "probe": list(self._dual.probe),
+            "penalty": self.penalty.name,
             "adjoint": list(self._adjoint),
-            "scalars": dict(self._dual.scalars),
-            "lower_steps": self._dual.steps,
+            **self._dual.packed(),
             **self._counts,
             "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
-        saved = [tuple(t.shape) for t in own["multiplier"]]
-        here = [tuple(t.shape) for t in self._dual.multiplier]
-        if saved != here:
-            raise ValueError(f"the checkpoint's multiplier has shapes {saved}, expected {here}")
-        if own["scalars"].keys() != self._dual.scalars.keys():
+        if own["penalty"] != self.penalty.name:
             raise ValueError(
-                f"the checkpoint holds {sorted(own['scalars'])}, this rule needs "
-                f"{sorted(self._dual.scalars)}; construct with the rule that made it"
+                f"the checkpoint was made with penalty {own['penalty']!r}, this optimizer has "
+                f"{self.penalty.name!r}"
             )
+        self._dual.check(own)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        def placed(tensors: list[Tensor], like: Sequence[Tensor]) -> Tensors:
-            pairs = zip(tensors, like, strict=True)
-            return tuple(t.detach().clone().to(m.device, m.dtype) for t, m in pairs)
-
-        here = self._dual
-        self._dual = DualState(
-            placed(own["multiplier"], here.multiplier),
-            placed(own["probe"], here.probe),
-            dict(own["scalars"]),
-            own["lower_steps"],
-        )
-        self._adjoint = placed(own["adjoint"], here.multiplier)
+        self._dual = self._dual.unpacked(own)
+        self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
         if own["switched"] and isinstance(self.curvature, Automatic):
             self.curvature.switch()

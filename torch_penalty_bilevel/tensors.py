@@ -57,6 +57,12 @@ def clones(tensors: Sequence[Tensor]) -> Tensors:
     return tuple(t.detach().clone() for t in tensors)
 
 
+def placed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
+    """Copies with the devices and dtypes of ``like``."""
+    pairs = zip(tensors, like, strict=True)
+    return tuple(t.detach().clone().to(s.device, s.dtype) for t, s in pairs)
+
+
 def filled(gradients: OptionalTensors, parameters: Tensors) -> Tensors:
     """``gradients`` with a zero tensor in the place of each None."""
     return tuple(

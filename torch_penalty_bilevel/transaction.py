@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .buffers import BufferGuard
+from .moments import copied
 from .randomness import RandomState
 
 
@@ -39,6 +38,29 @@ def all_or_nothing(
     guard.commit()
 
 
+@contextlib.contextmanager
+def rehearsal(
+    rules: Sequence[Optimizer], devices: Sequence[torch.device]
+) -> Generator[BufferGuard]:
+    """Undo in any case what the block did to random generators, buffers, parameters, gradients.
+
+    Args:
+        rules: optimizers whose parameters the block may move; it does not step them.
+        devices: devices whose random generators the closures may use.
+    """
+    random = RandomState(devices)
+    parameters = [p for rule in rules for group in rule.param_groups for p in group["params"]]
+    saved = [(p, p.detach().clone(), p.grad) for p in parameters]
+    try:
+        yield BufferGuard()  # never committed, so the buffers stay
+    finally:
+        with torch.no_grad():
+            for parameter, value, grad in saved:
+                parameter.copy_(value)
+                parameter.grad = grad
+        random.restore()
+
+
 class _Copy:
     """One rule's parameters, gradients, group options and state, by value."""
 
@@ -49,7 +71,7 @@ class _Copy:
         ]
         parameters = [p for group in rule.param_groups for p in group["params"]]
         self._values = [(p, p.detach().clone(), p.grad) for p in parameters]
-        self._state = {p: _copied(rule.state[p]) for p in parameters if p in rule.state}
+        self._state = {p: copied(rule.state[p]) for p in parameters if p in rule.state}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -62,7 +84,3 @@ class _Copy:
                 self._rule.state.pop(parameter, None)
         for group, options in zip(self._rule.param_groups, self._groups, strict=True):
             group.update(options)
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from ..tensors import Pair
 from .automatic import Automatic as Automatic
 from .double_backward import DoubleBackward as DoubleBackward
 from .finite_difference import FiniteDifference as FiniteDifference
 from .protocol import Curvature as Curvature
 from .protocol import Linearised as Linearised
 from .protocol import Loss as Loss
+from .protocol import Map as Map
+from .protocol import MapCurvature as MapCurvature
 from .vector_jacobian import VectorJacobian as VectorJacobian
 
 _BY_NAME = {
@@ -33,3 +36,10 @@ def resolve(curvature: str | Curvature) -> Curvature:
             f"curvature must be a name or an engine such as FiniteDifference(), got {curvature!r}"
         )
     return curvature
+
+
+def engine_point(engine: Curvature, at: Pair) -> Pair:
+    """``at`` as the engine wants it; what is returned moves with it."""
+    if isinstance(engine, VectorJacobian):  # no outer graph around torch.func's
+        return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
+    return at

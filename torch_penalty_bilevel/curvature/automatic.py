@@ -12,7 +12,7 @@ from ..randomness import RandomState
 from ..tensors import OptionalPair, Pair, Tensors
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference
-from .protocol import Curvature, Linearised, Loss
+from .protocol import Curvature, Linearised, Loss, Map
 
 
 class Automatic:
@@ -65,6 +65,10 @@ class Automatic:
             return result
 
         return Linearised(tried.loss, tried.residual, product)
+
+    def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
+        # First derivatives only: nothing to switch away from.
+        return DoubleBackward().linearise_map(phi, at, reusable=reusable)
 
     def switch(self, reason: str | None = None) -> None:
         """Use finite differences from now on."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import graph
 from ..errors import DoubleBackwardError
-from ..tensors import OptionalPair, Pair, Tensors
-from .protocol import Linearised, Loss
+from ..tensors import OptionalPair, Pair, Tensors, norm
+from .protocol import Linearised, Loss, Map
 
 _REMEDY = (
     'Use curvature="finite_difference" (no second derivative needed), or "auto" to switch by '
@@ -43,8 +43,9 @@ def explained() -> Generator[None]:
                 ) from error
         if "backward through the graph a second time" in str(error):
             raise DoubleBackwardError(
-                "the graph of a loss was already freed: the closure called backward() itself. "
-                "Return the loss and let the optimizer differentiate it."
+                "the graph of a loss was already freed: the closure called backward() itself, or "
+                "uses tensors computed outside it. Compute everything that depends on the "
+                "parameters inside the closure, and return the loss without calling backward()."
             ) from error
         raise
 
@@ -112,23 +113,15 @@ class DoubleBackward:
                 value, at.lower, create_graph=True, allow_unused=True, materialize_grads=True
             )
 
-        def product(direction: Tensors) -> OptionalPair:
-            # Entries of r that are constant have no graph and no second derivative.
-            pairs = [(r, q) for r, q in zip(residual, direction, strict=True) if r.requires_grad]
-            n = len(at.upper)
-            if not pairs:
-                return OptionalPair((None,) * n, (None,) * len(at.lower))
-            with explained():
-                parts = torch.autograd.grad(
-                    [r for r, _ in pairs],
-                    (*at.upper, *at.lower),
-                    grad_outputs=[q for _, q in pairs],
-                    retain_graph=reusable,
-                    allow_unused=True,
-                )
-            return OptionalPair(parts[:n], parts[n:])
+        return _with_pullback(value, residual, at, reusable)
 
-        return Linearised(value.detach(), tuple(r.detach() for r in residual), product)
+    def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
+        image = phi(*at)
+        for part in image:
+            refuse_reentrant_checkpoint(part)
+        with torch.enable_grad():
+            residual = tuple(v - p for v, p in zip(at.lower, image, strict=True))
+        return _with_pullback(half_square(residual), residual, at, reusable)
 
     def inspect(self, value: Tensor) -> None:
         """Refuse, once, a graph whose second derivative is known to be wrong."""
@@ -137,3 +130,30 @@ class DoubleBackward:
         refuse_reentrant_checkpoint(value)
         refuse_silently_wrong(value)
         self._inspected = True
+
+
+def half_square(residual: Tensors) -> Tensor:
+    """||r||_2^2 / 2, 0-d, detached."""
+    return norm([r.detach() for r in residual]).square() / 2
+
+
+def _with_pullback(value: Tensor, residual: Tensors, at: Pair, reusable: bool) -> Linearised:
+    """``residual`` with one backward pass through its graph as the product."""
+
+    def product(direction: Tensors) -> OptionalPair:
+        # Entries of r that are constant have no graph and no derivative.
+        pairs = [(r, q) for r, q in zip(residual, direction, strict=True) if r.requires_grad]
+        n = len(at.upper)
+        if not pairs:
+            return OptionalPair((None,) * n, (None,) * len(at.lower))
+        with explained():
+            parts = torch.autograd.grad(
+                [r for r, _ in pairs],
+                (*at.upper, *at.lower),
+                grad_outputs=[q for _, q in pairs],
+                retain_graph=reusable,
+                allow_unused=True,
+            )
+        return OptionalPair(parts[:n], parts[n:])
+
+    return Linearised(value.detach(), tuple(r.detach() for r in residual), product)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NondeterministicClosureError
+from ..in_place import restored
 from ..randomness import RandomState
-from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, clones, norm, scale
+from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, scale
 from .double_backward import first_order
 from .protocol import Linearised, Loss
 
@@ -125,18 +126,13 @@ def _gradient_at(loss: Loss, at: Pair, shift: Tensors, random: RandomState) -> O
 
 @contextlib.contextmanager
 def _shifted(parameters: Tensors, shift: Tensors) -> Generator[None]:
-    """Add ``shift`` in place inside the block; restore by copy, since subtracting is not exact."""
-    saved = clones(parameters)
-    # Autocast keeps low-precision copies of parameters and would go on using the unshifted ones.
-    with torch.no_grad():
-        torch._foreach_add_(parameters, shift)
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
+    """Add ``shift`` in place inside the block."""
+    with restored(parameters):
         with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
+            torch._foreach_add_(parameters, shift)
+        # Autocast would go on using its copies of the unshifted parameters.
         torch.clear_autocast_cache()
+        yield
 
 
 def _positive_or_one(length: Tensor) -> Tensor:

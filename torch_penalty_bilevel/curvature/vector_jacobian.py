@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..tensors import OptionalPair, Pair, Tensors
-from .double_backward import explained, refuse_silently_wrong
-from .protocol import Linearised, Loss
+from .double_backward import explained, half_square, refuse_silently_wrong
+from .protocol import Linearised, Loss, Map
 
 
 class VectorJacobian:
@@ -47,6 +47,21 @@ class VectorJacobian:
                 return OptionalPair(*pullback(direction))
 
         return Linearised(value, residual, product)
+
+    def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
+        del reusable
+
+        def residual_of(upper: Tensors, lower: Tensors) -> Tensors:
+            image = phi(upper, lower)
+            return tuple(v - p for v, p in zip(lower, image, strict=True))
+
+        pulled: Any = torch.func.vjp(residual_of, *at)
+        residual, pullback = pulled
+
+        def product(direction: Tensors) -> OptionalPair:
+            return OptionalPair(*pullback(direction))
+
+        return Linearised(half_square(residual), residual, product)
 
 
 def _explained() -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,47 @@
+"""What every formulation of the lower problem offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from ..curvature import Curvature, Loss
+from ..dual import DualState, MultiplierRule
+from ..evaluation import Evaluation
+from ..tensors import Pair, Tensors
+
+Reduce: TypeAlias = Callable[[Tensors], Tensors]
+"""Averages a tuple of tensors over the workers that share one problem; identity on one worker."""
+
+
+def one_worker(tensors: Tensors) -> Tensors:
+    """Their average: themselves."""
+    return tensors
+
+
+class Losses(NamedTuple):
+    """f and g, or f and Phi."""
+
+    upper: Loss
+    """(upper, lower) -> f, 0-d."""
+    lower: Callable[[Tensors, Tensors], Any]
+    """(upper, lower) -> g, 0-d; with ``lower_is_map`` Phi, shaped like ``lower``."""
+
+
+class Penalty(Protocol):
+    """A formulation of the lower problem."""
+
+    name: str
+    lower_is_map: bool
+    """Does the lower closure return Phi(u, v) instead of g(u, v)?"""
+
+    @property
+    def rule(self) -> MultiplierRule:
+        """How the multiplier, the weight and whatever else is dual moves."""
+        ...
+
+    def evaluate(
+        self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce
+    ) -> Evaluation:
+        """All terms at one point."""
+        ...

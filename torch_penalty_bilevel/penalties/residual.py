@@ -1,0 +1,86 @@
+"""What the penalties with a residual r(u, v) = 0 and a multiplier have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..curvature import Linearised
+from ..dual import DualState, MultiplierRule
+from ..evaluation import Evaluation
+from ..tensors import (
+    OptionalPair,
+    OptionalTensors,
+    Pair,
+    Tensors,
+    add,
+    cast_like,
+    filled,
+    norms,
+    sum_of,
+)
+from .protocol import Reduce
+
+
+def evaluate_residual(
+    rule: MultiplierRule,
+    state: DualState,
+    at: Pair,
+    upper: tuple[Tensor, OptionalPair],
+    linearised: Linearised,
+    product_cost: int,
+    reduce: Reduce,
+) -> Evaluation:
+    """The adjoint q = nu + gamma r, a = grad_v f + (dr/dv)'q and grad_u f + (dr/du)'q.
+
+    Args:
+        rule: says what q is and whether it wants a probe.
+        state: of the rule.
+        at: (u, v).
+        upper: f and its gradient.
+        linearised: r and the product q -> ((dr/du)'q, (dr/dv)'q).
+        product_cost: gradient evaluations per product.
+        reduce: averages over workers.
+    """
+    upper_loss, direct = upper
+    residual = reduce(linearised.residual)
+    adjoint = rule.adjoint(state, residual)
+    indirect = linearised.product(cast_like(adjoint, at.lower))
+    product, slope, upper_grad = _reduced(indirect, direct, at, reduce)
+    probe_product: Tensors = ()
+    if rule.probes(state):
+        probe = rule.probe(state, residual, slope)
+        curved = linearised.product(cast_like(probe, at.lower)).lower
+        probe_product = reduce(filled(curved, at.lower))
+    return Evaluation(
+        upper_loss=upper_loss,
+        lower_loss=linearised.loss,
+        adjoint=adjoint,
+        residual=residual,
+        adjoint_residual=add(slope, product),
+        upper_grad=upper_grad,
+        slope_norms=norms(slope),
+        product_norms=norms(product),
+        probe_product=probe_product,
+        cost=2 + product_cost * (2 if probe_product else 1),
+    )
+
+
+def _reduced(
+    indirect: OptionalPair, direct: OptionalPair, at: Pair, reduce: Reduce
+) -> tuple[Tensors, Tensors, OptionalTensors]:
+    """(H q, grad_v f, grad_u f + J q), averaged over the workers in one call."""
+    product = filled(indirect.lower, at.lower)
+    slope = filled(direct.lower, at.lower)
+    upper = tuple(sum_of_present(f, g) for f, g in zip(direct.upper, indirect.upper, strict=True))
+    present = tuple(t for t in upper if t is not None)
+    n = len(at.lower)
+    averaged = reduce((*product, *slope, *present))
+    rest = iter(averaged[2 * n :])
+    return averaged[:n], averaged[n : 2 * n], tuple(u if u is None else next(rest) for u in upper)
+
+
+def sum_of_present(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """``left + right``; None counts as zero and stays None only if both are."""
+    if left is None or right is None:
+        return right if left is None else left
+    return sum_of(left, right)
