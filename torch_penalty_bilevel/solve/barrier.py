@@ -129,13 +129,18 @@ def barrier(loss: PureLoss, restriction: Restriction, tau: float) -> PureLoss:
     return barred
 
 
-def weakly_active(
+def judged(
     losses: Losses, u: Tensor, v: Tensor, values: Sequence[Values], tau: float
-) -> bool:
-    """Are both z and the multiplier tau / z of a constraint small, but far from tau?"""
+) -> str | None:
+    """What the barrier did not resolve: a constraint violated, or neither active nor inactive.
+
+    The latter: both z and the multiplier tau / z are small, but far from tau.
+    """
     trees = losses.upper_level.tree(u), losses.lower_level.tree(v)
-    gaps = [-h(*trees).detach() for h in values]
-    return any(bool((torch.minimum(z, tau / z) > 1e3 * tau).any()) for z in gaps)
+    z = torch.cat([u.new_zeros(0), *(-h(*trees).detach().to(u) for h in values)])
+    if bool((z < -1e2 * tau).any()):
+        return "infeasible"
+    return "weakly_active" if bool((torch.minimum(z, tau / z) > 1e2 * tau).any()) else None
 
 
 def along_the_path(losses: Losses, path: Path, values: Sequence[Values]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .barrier import Restriction, along_the_path, barrier, substituted, weakly_active
+from .barrier import Restriction, along_the_path, barrier, judged, substituted
 from .losses import Exhausted, Losses, PureLoss
 from .lower import RUNAWAY, is_minimiser, solve_lower
 from .reduced import Move, Point, attempt, escapes, linearise, newton_step, other_minimiser
@@ -134,8 +134,9 @@ class _Solver:
                 losses.u, losses.v = along_the_path(losses, path, values)
         except Exhausted:
             return "budget"
-        if status == "converged" and weakly_active(losses, *path[-1], values, 10.0**-last):
-            status = "weakly_active"
+        verdict = judged(losses, *path[-1], values, 10.0**-last)
+        if verdict == "infeasible" or (status == "converged" and verdict):
+            status = verdict
         return self.second_look(status)
 
     def second_look(self, status: str) -> str:

@@ -152,17 +152,18 @@ def attempt(losses: Losses, at: Point, move: Move, tolerance: float) -> Trial:
     return Trial(new if accepted else None, ratio, low.slow, value)
 
 
-def other_minimiser(losses: Losses, at: Point, starts: int = 4) -> str | None:
+def other_minimiser(losses: Losses, at: Point, starts: int = 8) -> str | None:
     """What descents on g(u, .) from random starts say of v: g lower elsewhere, or f at the same g?
 
-    None is no proof: the starts are few, within about 1 + ||v|| of v, at most 100 evaluations each.
+    None is no proof: the starts are few, at most 100 evaluations each, and at distances of about
+    1 + ||v|| and then three times that.
     """
     generator, v, g = torch.Generator().manual_seed(0), at.low.v, at.low.model.value
     unit, verdict = 1 + float(v.norm()), None
     near = max(1e-6, 100 * losses.eps) * (1 + abs(g))
-    for _ in range(starts):
+    for i in range(starts):
         away = torch.randn(v.numel(), dtype=torch.float64, generator=generator).to(v)
-        start = v + unit / math.sqrt(v.numel()) * away
+        start = v + (1 if i < 4 else 3) * unit / math.sqrt(v.numel()) * away
         if not math.isfinite(losses.lower(at.u, start).value):
             continue
         found = descend(losses, at.u, start, tolerance=1e-5, budget=100)

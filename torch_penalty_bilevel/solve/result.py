@@ -35,6 +35,10 @@ MESSAGES = {
         "solution sits on a kink: the barrier leaves an error up to about sqrt(tolerance) there; "
         "lower tolerance, or drop the constraint if it is not needed"
     ),
+    "infeasible": (
+        "a constraint stays violated: no feasible point was found near the path, or upper "
+        "variables that the losses do not determine ran off; start inside, bound or regularise them"
+    ),
     "unbounded": (
         "the upper loss falls without bound along the lower solutions; bound or regularise upper"
     ),
@@ -62,7 +66,8 @@ class MinimizeResult:
             differentiate g three times count two.
         iterations: trust-region steps tried.
         status: "converged", "flat_upper", "lower_tie", "lower_not_global", "lower_not_solved",
-            "weakly_active", "budget", "stalled", "unbounded" or "stopped"; "running" in a callback.
+            "weakly_active", "infeasible", "budget", "stalled", "unbounded" or "stopped";
+            "running" in a callback.
         message: what happened and what to try.
     """
 
