@@ -32,8 +32,8 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.test
 demo: $(VENV)/.demo  ## clean mislabelled digits; table and picture in results/
 	$(RUN) examples/denoise_digits.py
 
-test: $(VENV)/.test  ## run the tests with branch coverage
-	$(RUN) -m pytest --cov --cov-report=term --cov-fail-under=95
+test: $(VENV)/.test  ## run the tests on all cores, with branch coverage
+	$(RUN) -m pytest --numprocesses auto --cov --cov-report=term --cov-fail-under=95
 
 lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/ruff check .
@@ -41,7 +41,7 @@ lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/pyright
 
 suite: $(VENV)/.test  ## solve the analytic problems with minimize; table of errors
-	$(RUN) benchmarks/suite.py
+	$(RUN) benchmarks/suite.py --starts 5
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage

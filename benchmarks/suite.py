@@ -22,11 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_penalty_bilevel import MinimizeResult, minimize, testing
-
-try:
-    from torch_penalty_bilevel.constraints import Box, Inequality
-except ImportError:
-    Box = Inequality = None  # type: ignore[assignment,misc]
+from torch_penalty_bilevel.constraints import Box, Inequality
 
 
 def lower_loss(problem: testing.Problem, u: Tensor, v: Tensor) -> Tensor:
@@ -35,12 +31,6 @@ def lower_loss(problem: testing.Problem, u: Tensor, v: Tensor) -> Tensor:
         return problem.lower_loss(u, v)
     assert problem.lower_map is not None
     return (v - problem.lower_map(u, v)).square().sum() / 2
-
-
-def constrained(problem: testing.Problem) -> bool:
-    """Does the problem have a box or an inequality?"""
-    limits = (problem.upper_box, problem.lower_box, problem.h_upper, problem.h_lower)
-    return any(limit is not None for limit in limits)
 
 
 def restriction(box: testing.protocol.Bounds | None, h: testing.protocol.Loss | None) -> list[Any]:
@@ -67,8 +57,6 @@ def run(problem: testing.Problem, seed: int, budget: int) -> tuple[MinimizeResul
 
 def row(problem: testing.Problem, starts: int, budget: int) -> str:
     """A line of the table."""
-    if constrained(problem) and Box is None:
-        return f"| {problem.name} | - | - | - | - | no module of constraints |"
     runs = [run(problem, seed, budget) for seed in range(starts)]
     results = [r for r, _ in runs]
     error = max(float(problem.error(r.upper, r.lower)) for r in results)

@@ -106,6 +106,7 @@ def test_minimize_signature():
 # What each module may import from the package; the listing reads bottom-up.
 LAYERS = {
     "errors": set(),
+    "choices": set(),
     "testing": set(),
     "tensors": set(),
     "randomness": set(),
@@ -123,9 +124,10 @@ LAYERS = {
     "evaluation": {"errors", "faces", "tensors"},
     "metrics": {"evaluation"},
     "dual": {"evaluation", "moments", "tensors"},
-    "multipliers": {"dual", "evaluation", "tensors"},
-    "curvature": {"errors", "graph", "in_place", "randomness", "tensors"},
+    "multipliers": {"choices", "dual", "evaluation", "tensors"},
+    "curvature": {"choices", "errors", "graph", "in_place", "randomness", "tensors"},
     "penalties": {
+        "choices",
         "curvature",
         "dual",
         "errors",

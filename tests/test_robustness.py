@@ -108,7 +108,7 @@ def test_option_errors(build, message):
 
 def test_a_rule_must_be_a_rule():
     for wrong in (LeastSquares, 3):
-        with pytest.raises(TypeError, match="multiplier must be a name or a rule"):
+        with pytest.raises(TypeError, match="multiplier must be a name or an object"):
             Stationarity(wrong)
 
 

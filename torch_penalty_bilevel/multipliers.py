@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
+from .choices import chosen
 from .dual import DualState, MultiplierRule
 from .evaluation import Evaluation, Norms
 from .tensors import Tensors, axpy, norm, scale, zeros_for
@@ -235,7 +237,10 @@ def _unit(tensors: Tensors) -> Tensors:
     return scale(tensors, _ratio(1.0, float(norm(tensors))))
 
 
-_BY_NAME = {"least_squares": LeastSquares, "paper": EpsilonTest}
+_BY_NAME: dict[str, Callable[[], MultiplierRule]] = {
+    "least_squares": LeastSquares,
+    "paper": EpsilonTest,
+}
 
 
 def resolve(multiplier: str | MultiplierRule) -> MultiplierRule:
@@ -245,15 +250,4 @@ def resolve(multiplier: str | MultiplierRule) -> MultiplierRule:
         ValueError: no rule has this name.
         TypeError: not a rule.
     """
-    if isinstance(multiplier, str):
-        if multiplier not in _BY_NAME:
-            raise ValueError(
-                f"multiplier must be one of {sorted(_BY_NAME)} or a rule such as LeastSquares(), "
-                f"got {multiplier!r}"
-            )
-        return _BY_NAME[multiplier]()
-    if isinstance(multiplier, type) or not hasattr(multiplier, "lower_update"):
-        raise TypeError(
-            f"multiplier must be a name or a rule such as LeastSquares(), got {multiplier!r}"
-        )
-    return multiplier
+    return chosen("multiplier", multiplier, _BY_NAME, "lower_update", "LeastSquares()")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ..choices import chosen
 from ..tensors import Pair
 from .automatic import Automatic as Automatic
 from .double_backward import DoubleBackward as DoubleBackward
@@ -13,7 +16,7 @@ from .protocol import Map as Map
 from .protocol import MapCurvature as MapCurvature
 from .vector_jacobian import VectorJacobian as VectorJacobian
 
-_BY_NAME = {
+_BY_NAME: dict[str, Callable[[], Curvature]] = {
     engine.name: engine for engine in (Automatic, DoubleBackward, FiniteDifference, VectorJacobian)
 }
 
@@ -25,17 +28,7 @@ def resolve(curvature: str | Curvature) -> Curvature:
         ValueError: no engine has this name.
         TypeError: not an engine.
     """
-    if isinstance(curvature, str):
-        if curvature not in _BY_NAME:
-            raise ValueError(
-                f"curvature must be one of {sorted(_BY_NAME)} or an engine, got {curvature!r}"
-            )
-        return _BY_NAME[curvature]()
-    if isinstance(curvature, type) or not hasattr(curvature, "linearise"):
-        raise TypeError(
-            f"curvature must be a name or an engine such as FiniteDifference(), got {curvature!r}"
-        )
-    return curvature
+    return chosen("curvature", curvature, _BY_NAME, "linearise", "FiniteDifference()")
 
 
 def engine_point(engine: Curvature, at: Pair) -> Pair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..choices import chosen
 from ..curvature import Curvature, MapCurvature
 from .fixed_point import FixedPoint as FixedPoint
 from .fixed_point import refusal
@@ -29,17 +30,7 @@ def resolve(penalty: str | Penalty, curvature: Curvature) -> Penalty:
         ValueError: no penalty has this name, or the engine cannot form its products.
         TypeError: not a penalty.
     """
-    if isinstance(penalty, str):
-        if penalty not in _BY_NAME:
-            raise ValueError(
-                f"penalty must be one of {sorted(_BY_NAME)} or an object such as "
-                f"Stationarity(), got {penalty!r}"
-            )
-        penalty = _BY_NAME[penalty]()
-    if isinstance(penalty, type) or not hasattr(penalty, "evaluate"):
-        raise TypeError(
-            f"penalty must be a name or an object such as Stationarity(), got {penalty!r}"
-        )
-    if penalty.lower_is_map and not isinstance(curvature, MapCurvature):
+    formulation = chosen("penalty", penalty, _BY_NAME, "evaluate", "Stationarity()")
+    if formulation.lower_is_map and not isinstance(curvature, MapCurvature):
         raise ValueError(refusal(curvature))
-    return penalty
+    return formulation
