@@ -130,7 +130,7 @@ def test_at_the_solution_everything_agrees():
 # The bound.
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), n_u=st.integers(1, 4), n_v=st.integers(1, 6))
 def test_error_is_J_Hinv_a_and_bounded_by_the_certificate(seed, n_u, n_v):
     """||estimate - exact|| = ||J H^-1 a|| <= ||J H^-1||_2 ||a||, for any quadratic."""
