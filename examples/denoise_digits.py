@@ -185,6 +185,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="first of them (0)")
     parser.add_argument("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")
     parser.add_argument("--clean", type=int, default=30, help="clean images, a multiple of 10 (30)")
     parser.add_argument("--systematic", action="store_true", help="wrong label: the next digit")
@@ -199,7 +200,7 @@ def main() -> None:
     rows = rows_of(arguments.steps)
     problems = [
         make_problem(seed, arguments.noise, arguments.clean, arguments.systematic)
-        for seed in range(arguments.seeds)
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     ]
     validation_only(problems[0])  # so that no row pays for torch's first use
     results = {}

@@ -1,4 +1,4 @@
-"""The README's first example runs as it stands and prints what it says."""
+"""The README's examples run as they stand and do what they say."""
 
 import pathlib
 import re
@@ -6,6 +6,16 @@ import re
 import torch
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_of_minimize_solves_its_problem():
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    result = names["result"]
+    assert result.status == "converged"
+    # f(u, 2u) = (2u - 1)^2 + u^2 per entry: u = 2/5.
+    torch.testing.assert_close(result.upper, torch.full((3,), 0.4), rtol=0, atol=1e-8)
 
 
 def test_the_first_example_prints_what_it_says(capsys):

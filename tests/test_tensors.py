@@ -38,9 +38,10 @@ def test_algebra() -> None:
 
 
 def test_nothing_is_modified() -> None:
-    a = T.clones(A)
-    T.add(a, B), T.scale(a, 3.0), T.axpy(2.0, a, B), T.norm(a), T.dot(a, B)
+    a, b = T.clones(A), T.clones(B)
+    T.add(a, b), T.scale(a, 3.0), T.axpy(2.0, a, b), T.norm(a), T.dot(a, b)
     same(a, [x.tolist() for x in A])
+    same(b, [x.tolist() for x in B])
 
 
 def test_empty() -> None:

@@ -161,6 +161,10 @@ def test_half_steps_satisfy_a_scheduler():
         task.optimizer.lower_step(task.upper, task.lower)
         task.optimizer.upper_step(task.upper, task.lower)
         scheduler.step()
+    assert [g["lr"] for g in task.optimizer.param_groups] == [
+        pytest.approx(0.0005),
+        pytest.approx(0.0002),
+    ]
 
 
 def test_hooks_on_the_rules_clip_and_hooks_on_the_whole_see_steps():

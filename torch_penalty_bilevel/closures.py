@@ -74,12 +74,7 @@ def live(
         return loss
 
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
-    return Losses(
-        adapted(upper_closure, "upper", _checked),
-        adapted(lower_closure, "lower", check_lower),
-        upper_values=tuple(adapted(i.closure, "upper", _checked_values) for i in inequalities[0]),
-        lower_values=tuple(adapted(i.closure, "lower", _checked_values) for i in inequalities[1]),
-    )
+    return _assembled(adapted, upper_closure, lower_closure, check_lower, inequalities)
 
 
 def pure(
@@ -104,9 +99,19 @@ def pure(
         return loss
 
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
+    return _assembled(adapted, upper_function, lower_function, check_lower, inequalities)
+
+
+def _assembled(
+    adapted: Callable[[Callable[..., Any], Level, _Check], Callable[..., Any]],
+    upper: Callable[..., Any],
+    lower: Callable[..., Any],
+    check_lower: _Check,
+    inequalities: Inequalities,
+) -> Losses:
     return Losses(
-        adapted(upper_function, "upper", _checked),
-        adapted(lower_function, "lower", check_lower),
+        adapted(upper, "upper", _checked),
+        adapted(lower, "lower", check_lower),
         upper_values=tuple(adapted(i.closure, "upper", _checked_values) for i in inequalities[0]),
         lower_values=tuple(adapted(i.closure, "lower", _checked_values) for i in inequalities[1]),
     )
