@@ -17,13 +17,13 @@ errors both fail, as nothing but the clean images tells right from wrong. (The s
 for random errors; with systematic ones the agreement filter beats all learned weights.)
 
 The settings were chosen by mean test accuracy on seeds from 100 on, never on those reported;
-``--first-seed 100 --seeds 10`` gives 0.927 for this optimizer, 0.924 and 0.923 for torchopt with and
-without batches. Tried, though not in every combination:
+``--first-seed 100 --seeds 10`` gives 0.927 for this optimizer, 0.924 and 0.923 for torchopt with
+and without batches. Tried, though not in every combination:
 
-- this optimizer: upper_lr 0.03, 0.05, 0.1; ridge 0 to 0.1; share
-  0.3, 1, 3; 100, 200, 400 steps; batches of 50, 100, 200 or none; lower_lr 3e-3, 1e-2, 3e-2;
-- torchopt: upper_lr 0.02, 0.05; ridge 0, 0.03, 0.1; 40, 80, 100 steps; batches of 200, 500 or none; 2, 3, 5 and 20 iterations of
-  conjugate gradients.
+- this optimizer: upper_lr 0.03, 0.05, 0.1; ridge 0 to 0.1; share 0.3, 1, 3; 100, 200, 400 steps;
+  batches of 50, 100, 200 or none; lower_lr 3e-3, 1e-2, 3e-2;
+- torchopt: upper_lr 0.02, 0.05; ridge 0, 0.03, 0.1; 40, 80, 100 steps; batches of 200, 500 or
+  none; 2, 3, 5 and 20 iterations of conjugate gradients.
 """
 
 from __future__ import annotations
