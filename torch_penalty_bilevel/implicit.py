@@ -207,14 +207,6 @@ def coarsest_eps(tensors: Tensors) -> float:
     return max(torch.finfo(t.dtype).eps for t in tensors)
 
 
-def random_direction(like: Tensors) -> Tensors:
-    """A unit vector, always the same, that draws from no generator of the session."""
-    source = torch.Generator().manual_seed(0)
-    normal = [torch.randn(t.shape, generator=source, dtype=torch.float64) for t in like]
-    placed = tuple(n.to(t.device, _wide(t)) for n, t in zip(normal, like, strict=True))
-    return scale(placed, 1.0 / float(norm(placed)))
-
-
 def dense(tensor: Tensor) -> Tensor:
     """Not sparse, in at least float32."""
     strided = tensor if tensor.layout == torch.strided else tensor.to_dense()

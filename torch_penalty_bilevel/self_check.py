@@ -24,9 +24,8 @@ from .implicit import (
     coarsest_eps,
     dense,
     implicit_hypergradient,
-    random_direction,
 )
-from .linear_solve import conjugate_gradient
+from .linear_solve import conjugate_gradient, random_direction
 from .multipliers import LeastSquares
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
