@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..curvature import takes_differences
 from ..linear_solve import Solution
@@ -20,7 +22,7 @@ from ..tensors import (
 )
 from .implicit import sampled_indirect, solve_adjoint
 from .options import IMPLICIT, Options
-from .problem import Linear, Problem, Upper
+from .problem import Problem, Upper
 from .unrolled import Visit, pull_back
 
 
@@ -28,11 +30,21 @@ class Estimate(NamedTuple):
     """A hypergradient and what it was made from."""
 
     upper: Upper
-    linear: Linear
+    lower_loss: Tensor
+    """g, or ||r||^2 / 2 of a map; 0-d."""
+    residual: Tensors
+    """r."""
     hypergradient: OptionalTensors
     """None where nothing depends on the parameter; NaN after a breakdown."""
     solution: Solution
-    """q, with the residual of its equation: ||A q + grad_v f||_2."""
+    """q, with the residual of its equation, damped if it was: ||A q + grad_v f||_2."""
+    product: Tensors
+    """A q, without damping; empty after a breakdown."""
+
+    @property
+    def broke_down(self) -> bool:
+        """Is there no hypergradient?"""
+        return math.isnan(self.solution.residual_norm)
 
 
 def estimated(
@@ -50,45 +62,40 @@ def estimated(
         NonFiniteError: the losses or their gradients are not finite.
         NondeterministicClosureError: reverse mode met other data when it repeated a step.
     """
-    upper, linear = problem.upper(), problem.linearise()
+    upper = problem.upper()
     tolerance = reachable(problem) if options.tolerance is None else options.tolerance
     slope = upper.slope
+    if method == "alternating":
+        lower_loss, residual = problem.residual()
+        nothing = scale(slope, 0.0)
+        remedy = "the direct gradient leaves out how v responds to u"
+        solution = _judged(nothing, 0, slope, slope, tolerance, remedy)
+        return Estimate(upper, lower_loss, residual, upper.direct, solution, nothing)
+    linear = problem.linearise()
     indirect: OptionalTensors | None = None
     if method in IMPLICIT:
         solution = solve_adjoint(problem, linear, slope, method, options, tolerance)
-        if method == "stochastic" and not _is_broken(solution):
-            indirect = sampled_indirect(problem, solution.value, options.samples or 1)
     elif method == "reverse":
         indirect, adjoint = pull_back(problem, visits, slope)
+        error = add(slope, linear.product(adjoint))
         remedy = "raise lower_steps or truncation"
-        solution = certified(linear, slope, adjoint, len(visits), tolerance, remedy)
+        solution = _judged(adjoint, len(visits), error, slope, tolerance, remedy)
     elif method == "one_step":
         assert options.step_size is not None
         adjoint = scale(slope, -options.step_size)
-        remedy = "one step is exact only where A is a multiple of the identity"
-        solution = certified(linear, slope, adjoint, 0, tolerance, remedy)
-    elif method == "alternating":
-        adjoint = scale(slope, 0.0)
-        indirect = (None,) * len(upper.direct)
-        remedy = "the direct gradient ignores how v responds to u"
-        size = float(norm(slope))
-        solution = _judged(adjoint, 0, size, tolerance * size, remedy)
+        error = add(slope, linear.product(adjoint))
+        remedy = "one step is exact only where A is the identity over step_size"
+        solution = _judged(adjoint, 0, error, slope, tolerance, remedy)
     else:
         raise AssertionError(method)
-    if _is_broken(solution):  # no product with NaN: the closures may object
+    if math.isnan(solution.residual_norm):  # no product with NaN: the closures may object
         nan = tuple(torch.full_like(u, torch.nan, requires_grad=False) for u in problem.at.upper)
-        return Estimate(upper, linear, nan, solution)
-    if indirect is None:
-        indirect = linear.both(solution.value)[0]
-    return Estimate(upper, linear, sum_of_optional(upper.direct, indirect), solution)
-
-
-def certified(
-    linear: Linear, slope: Tensors, adjoint: Tensors, products: int, tolerance: float, remedy: str
-) -> Solution:
-    """``adjoint`` with the residual of its equation, which takes one product."""
-    error = float(norm(add(slope, linear.product(adjoint))))
-    return _judged(adjoint, products, error, tolerance * float(norm(slope)), remedy)
+        return Estimate(upper, linear.loss, linear.residual, nan, solution, ())
+    if method == "stochastic":
+        indirect = sampled_indirect(problem, solution.value, options.samples or 1)
+    through_upper, product = linear.both(solution.value)
+    total = sum_of_optional(upper.direct, through_upper if indirect is None else indirect)
+    return Estimate(upper, linear.loss, linear.residual, total, solution, product)
 
 
 def reachable(problem: Problem) -> float:
@@ -97,11 +104,11 @@ def reachable(problem: Problem) -> float:
     return 30 * eps**0.5 if takes_differences(problem.engine) else max(1e-10, 100 * eps)
 
 
-def _judged(adjoint: Tensors, products: int, error: float, bound: float, remedy: str) -> Solution:
-    converged = error <= bound
-    message = f"||A q + grad_v f|| = {error:.1e} > {bound:.1e}; {remedy}"
-    return Solution(adjoint, products, error, converged, "converged" if converged else message)
-
-
-def _is_broken(solution: Solution) -> bool:
-    return solution.residual_norm != solution.residual_norm  # NaN
+def _judged(
+    adjoint: Tensors, products: int, error: Tensors, slope: Tensors, tolerance: float, remedy: str
+) -> Solution:
+    """``adjoint`` as the solution it is, with residual ``error``."""
+    size, bound = float(norm(error)), tolerance * float(norm(slope))
+    converged = size <= bound
+    message = f"||A q + grad_v f|| = {size:.1e} > {bound:.1e}; {remedy}"
+    return Solution(adjoint, products, size, converged, "converged" if converged else message)

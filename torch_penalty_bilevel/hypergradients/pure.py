@@ -66,7 +66,7 @@ def pure_hypergradient(
     message, converged = solution.message, solution.converged
     if method == "reverse":
         assert step is not None
-        moving = _still_moves(problem, estimate.linear.residual, step, start, options.tolerance)
+        moving = _still_moves(problem, estimate.residual, step, start, options.tolerance)
         if moving:
             message, converged = moving, False
     info = HypergradientInfo(
