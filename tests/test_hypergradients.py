@@ -269,9 +269,9 @@ def test_options_a_method_does_not_have_are_refused(method: str) -> None:
     [
         ("neumann", {"step_size": 0.0}, ValueError, "step_size must be > 0, got 0.0"),
         ("neumann", {"step_size": math.inf}, ValueError, "step_size"),
-        ("reverse", {"lower_steps": 0}, ValueError, "lower_steps must be >= 1, got 0"),
-        ("reverse", {"truncation": 1.5}, ValueError, "truncation must be >= 1, got 1.5"),
-        ("stochastic", {"samples": 0}, ValueError, "samples must be >= 1"),
+        ("reverse", {"lower_steps": 0}, ValueError, "lower_steps must be an integer >= 1, got 0"),
+        ("reverse", {"truncation": 1.5}, ValueError, "truncation must be an integer >= 1, got 1.5"),
+        ("stochastic", {"samples": 0}, ValueError, "samples must be an integer"),
         ("stochastic", {"linear_optimizer": 3}, TypeError, "linear_optimizer must be a function"),
         ("cg", {"start": torch.zeros(2)}, ValueError, "a tensor of start has shape"),
         ("cg", {"start": [torch.zeros(6)]}, ValueError, "start has structure"),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..curvature import takes_differences
+from ..evaluation import Evaluation
+from ..faces import Faces
 from ..linear_solve import Solution
 from ..tensors import (
     OptionalTensors,
@@ -17,6 +19,7 @@ from ..tensors import (
     add,
     coarsest_eps,
     norm,
+    norms,
     scale,
     sum_of_optional,
 )
@@ -45,6 +48,22 @@ class Estimate(NamedTuple):
     def broke_down(self) -> bool:
         """Is there no hypergradient?"""
         return math.isnan(self.solution.residual_norm)
+
+    def on_face(self, face: Faces, cost: int) -> Evaluation:
+        """What an optimizer's step needs: the hypergradient along the face of u."""
+        return Evaluation(
+            upper_loss=self.upper.loss,
+            lower_loss=self.lower_loss,
+            adjoint=self.solution.value,
+            residual=self.residual,
+            adjoint_residual=add(self.upper.slope, self.product),
+            upper_grad=face.optional_tangent(self.hypergradient),
+            slope_norms=norms(self.upper.slope),
+            product_norms=norms(self.product),
+            probe_product=(),
+            cost=cost,
+            upper_face=face,
+        )
 
 
 def estimated(

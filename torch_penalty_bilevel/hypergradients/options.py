@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
+from ..checks import check_count
 from ..linear_solve import MakeOptimizer
 from ..tensors import Tensors
+
+Count: TypeAlias = int | Callable[[int], int]
+"""A number, or a function from the number of the step, 0 for the first."""
 
 _SOLVE = {"tolerance", "max_iterations", "damping", "start"}
 
@@ -63,13 +67,46 @@ def check_options(method: str, options: Options) -> None:
         _check(name, given[name], "> 0", lambda value: 0 < value < float("inf"))
     _check("damping", given["damping"], ">= 0", lambda value: 0 <= value < float("inf"))
     for name in ("max_iterations", "lower_steps", "truncation", "samples"):
-        _check(name, given[name], ">= 1", lambda value: isinstance(value, int) and value >= 1)
+        if given[name] is not None:
+            check_count(name, given[name], at_least=1)
     maker = options.linear_optimizer
     if maker is not None and not callable(maker):
         raise TypeError(
             "linear_optimizer must be a function from a list of tensors to a torch optimizer, "
             f"got {maker!r}"
         )
+
+
+def check_loop(
+    method: Any, options: Options, lower_steps: Any, inner_iterations: Any, warm_start: Any
+) -> None:
+    """Raise for what an optimizer with live closures cannot do, or options without effect."""
+    if method == "forward":
+        raise ValueError(
+            'method="forward" carries dv/du through pure functions; use '
+            'functional.hypergradient(..., method="forward")'
+        )
+    check_method(method, {name: has for name, has in OPTIONS_OF.items() if name != "forward"})
+    check_options(method, options)
+    if inner_iterations is not None and method not in IMPLICIT:
+        raise ValueError(
+            f"inner_iterations={inner_iterations!r} has no effect with method={method!r}, which "
+            "does not iterate"
+        )
+    if warm_start not in (True, False, "lower", "adjoint"):
+        raise ValueError(
+            f'warm_start must be True, False, "lower" or "adjoint", got {warm_start!r}'
+        )
+    for name, count in (("lower_steps", lower_steps), ("inner_iterations", inner_iterations)):
+        if count is not None and not callable(count):
+            count_at(name, count, 0)
+
+
+def count_at(name: str, count: Count, number: int) -> int:
+    """What a count is in step ``number``; raises ``ValueError`` unless it is at least 1."""
+    value: Any = count(number) if callable(count) else count
+    check_count(name, value, at_least=1)
+    return value
 
 
 def _check(name: str, value: Any, bound: str, holds: Any) -> None:

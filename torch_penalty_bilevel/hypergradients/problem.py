@@ -27,6 +27,16 @@ class Upper(NamedTuple):
     """grad_v f, dense, in at least float32."""
 
 
+def check_serves_maps(engine: Curvature) -> None:
+    """Raise ``ValueError`` if the engine cannot form products with a map's transposed Jacobian."""
+    if not isinstance(engine, MapCurvature):
+        raise ValueError(
+            "a lower level given as a map needs products with a transposed Jacobian, which "
+            f'curvature="{engine.name}" cannot form; use "auto", "double_backward" or '
+            '"functional"'
+        )
+
+
 class Problem:
     """Both losses at (u, v), averaged over workers, with a count of what they cost.
 
@@ -52,12 +62,8 @@ class Problem:
         reduce: Reduce = one_worker,
         place: str = "at this point",
     ) -> None:
-        if lower_is_map and not isinstance(engine, MapCurvature):
-            raise ValueError(
-                "a lower level given as a map needs products with a transposed Jacobian, which "
-                f'curvature="{engine.name}" cannot form; use "auto", "double_backward" or '
-                '"functional"'
-            )
+        if lower_is_map:
+            check_serves_maps(engine)
         self.losses, self.at, self.engine = losses, at, engine
         self.lower_is_map, self.reduce, self.place = lower_is_map, reduce, place
         self.evaluations = 0

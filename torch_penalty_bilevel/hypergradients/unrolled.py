@@ -27,6 +27,19 @@ class Visit(NamedTuple):
     random: RandomState | None
     """Of the closure, before it was called; None for a pure function."""
 
+    def check_step(self, after: Tensors, residual: Tensors) -> None:
+        """Raise ``ValueError`` unless a rule moved v_t to v_t - eta r."""
+        steps = zip(self.lower, self.step_sizes, residual, after, strict=True)
+        for before, eta, r, v in steps:
+            expected = before - eta * r.to(before.dtype)
+            slack = 8 * torch.finfo(v.dtype).eps * (before.abs() + expected.abs())
+            if not bool(((v.detach() - expected).abs() <= slack).all()):
+                raise ValueError(
+                    'method="reverse" goes back through v <- v - lr r, but the lower rule moved v '
+                    "otherwise; use torch.optim.SGD without momentum, weight decay or hooks that "
+                    "change gradients (weight decay belongs in the lower loss)"
+                )
+
 
 def descend(problem: Problem, steps: int, step_size: float) -> tuple[list[Visit], Tensors]:
     """The visits of ``steps`` lower steps from ``problem.at``, and v_T."""
