@@ -90,12 +90,13 @@ def estimated(
         remedy = "the direct gradient leaves out how v responds to u"
         solution = _judged(nothing, 0, slope, slope, tolerance, remedy)
         return Estimate(upper, lower_loss, residual, upper.direct, solution, nothing)
-    linear = problem.linearise()
     indirect: OptionalTensors | None = None
+    unrolled = pull_back(problem, visits, slope) if method == "reverse" else None
+    linear = problem.linearise()  # not earlier: live v went elsewhere and back
     if method in IMPLICIT:
         solution = solve_adjoint(problem, linear, slope, method, options, tolerance)
-    elif method == "reverse":
-        indirect, adjoint = pull_back(problem, visits, slope)
+    elif unrolled is not None:
+        indirect, adjoint = unrolled
         error = add(slope, linear.product(adjoint))
         remedy = "raise lower_steps or truncation"
         solution = _judged(adjoint, len(visits), error, slope, tolerance, remedy)

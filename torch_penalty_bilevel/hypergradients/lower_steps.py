@@ -33,7 +33,8 @@ def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -
         if left <= kept:
             visits.append(Visit(clones(lower), learning_rates(rule), loss, random))
         for parameter, gradient in zip(lower, residual, strict=True):
-            parameter.grad = gradient.to(parameter.dtype)
+            # A copy where it is needed afterwards: hooks change gradients in place.
+            parameter.grad = gradient.to(parameter.dtype, copy=left <= kept)
         rule.step()
         if left <= kept:
             visits[-1].check_step(lower, residual)
