@@ -564,6 +564,22 @@ def test_a_failing_step_changes_nothing(method: str, warm_start: bool, failure: 
     assert failed == calls[0]
 
 
+def test_an_upper_rule_that_raises_undoes_the_step() -> None:
+    def refuse(*_: Any) -> None:
+        raise KeyError("upper")
+
+    for warm_start in (True, False):
+        run = Run(method="cg", warm_start=warm_start)
+        handle = run.optimizer.upper.register_step_pre_hook(refuse)
+        before = snapshot(run)
+        with pytest.raises(KeyError, match="upper"):
+            run.step()
+        assert same(before, snapshot(run))
+        handle.remove()
+        run.step()
+        assert run.optimizer.state_dict()["bilevel"]["steps"] == 1
+
+
 def test_a_breakdown_of_the_solver_is_an_error() -> None:
     run = Run(method="cg")
     run.problem.A = -run.problem.A
@@ -715,6 +731,8 @@ def test_stochastic_bilevel_gradient_with_and_without_warm_start() -> None:
         best = torch.linalg.solve(torch.eye(3) + S @ S.T, S @ (goal - s / D))
         return float((u.detach() - best).norm() / best.norm())
 
-    assert run(True, 1500, 1) < 0.1
-    assert run(False, 200, 40) < 0.1
-    assert run(False, 300, 1) > 0.15  # cold and one step: biased towards v = 0, q = 0
+    warm, cold, hasty = run(True, 600, 1), run(False, 100, 30), run(False, 100, 1)
+    # Noise of batches of 16 with steps down to 1/30 of 0.1, or 30 steps of 0.1 from zero.
+    assert warm < 0.15
+    assert cold < 0.15
+    assert hasty > 2 * max(warm, cold)  # one step from zero: biased towards v = 0, q = 0

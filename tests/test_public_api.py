@@ -76,6 +76,17 @@ def test_optimizer_signature():
         assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
 
 
+def test_hypergradient_optimizer_signature():
+    found = parameters(tpb.HypergradientOptimizer)
+    assert list(found)[:2] == ["upper", "lower"]
+    options = {k: default for k, (keyword, default) in found.items() if keyword}
+    defaults = {"method": "cg", "lower_steps": 1, "warm_start": True, "lower_is_map": False}
+    defaults |= {"curvature": "auto", "allow_unused": False}
+    assert {k: v for k, v in options.items() if v is not None} == defaults
+    signature = inspect.signature(tpb.HypergradientOptimizer.step)
+    assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
+
+
 def test_functional_signatures():
     gradient = parameters(functional.penalty_gradient)
     assert list(gradient)[:4] == ["upper_loss", "lower_loss", "upper", "lower"]

@@ -13,7 +13,7 @@ from ..curvature import Curvature, Linearised, MapCurvature, VectorJacobian, eng
 from ..errors import NonFiniteError
 from ..in_place import replaced
 from ..penalties import Losses, Reduce, one_worker
-from ..tensors import OptionalTensors, Pair, Tensors, cast_like, dense, filled
+from ..tensors import OptionalTensors, Pair, Tensors, cast_like, dense, filled, norms
 
 
 class Upper(NamedTuple):
@@ -74,9 +74,8 @@ class Problem:
         loss, parts = self.engine.gradient(self.losses.upper, self._point())
         self.evaluations += 1
         upper = Upper(loss, self.averaged(parts.upper), self.lower_part(parts.lower))
-        self.require_finite("upper loss", (loss,))
-        direct = tuple(g for g in upper.direct if g is not None)
-        self.require_finite("gradient of the upper loss", (*direct, *upper.slope))
+        gradient = (*(g for g in upper.direct if g is not None), *upper.slope)
+        self._require_finite({"upper loss": (loss,), "gradient of the upper loss": gradient})
         return upper
 
     def residual(self) -> tuple[Tensor, Tensors]:
@@ -127,18 +126,20 @@ class Problem:
         rest = iter(self.reduce(present) if present else ())
         return tuple(t if t is None else next(rest) for t in parts)
 
-    def require_finite(self, label: str, block: Tensors) -> None:
-        """Raise ``NonFiniteError`` naming ``label`` unless all of ``block`` is finite."""
-        dense_parts = (t if t.layout == torch.strided else t.coalesce().values() for t in block)
-        if not all(bool(torch.isfinite(t).all()) for t in dense_parts):
-            raise NonFiniteError(f"hypergradient: {label} is not finite {self.place}")
-
     def _require_finite_lower(self, loss: Tensor, residual: Tensors) -> None:
         if self.lower_is_map:
-            self.require_finite("residual v - Phi(u, v)", residual)
+            self._require_finite({"residual v - Phi(u, v)": residual})
+        else:
+            self._require_finite({"lower loss": (loss,), "residual grad_v g": residual})
+
+    def _require_finite(self, blocks: dict[str, Tensors]) -> None:
+        """Raise ``NonFiniteError`` naming the block; waits for the device once if all is well."""
+        sizes = norms([t for block in blocks.values() for t in block])
+        if bool(torch.stack([s.to(sizes[0].device) for s in sizes]).isfinite().all()):
             return
-        self.require_finite("lower loss", (loss,))
-        self.require_finite("residual grad_v g", residual)
+        for label, block in blocks.items():  # the norm of finite numbers may overflow
+            if not all(bool(dense(t).isfinite().all()) for t in block):
+                raise NonFiniteError(f"hypergradient: {label} is not finite {self.place}")
 
     def _point(self) -> Pair:
         return engine_point(self.engine, self.at)
