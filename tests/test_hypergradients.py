@@ -317,6 +317,14 @@ def test_a_method_that_breaks_down_gives_nan() -> None:
     assert gradient.isnan().all()
 
 
+def test_large_is_not_infinite() -> None:
+    """The check of finiteness must not trip over a norm that overflows in float32."""
+    u = torch.full((3,), 1e30, dtype=torch.float32)
+    f, g = lambda u, v: v.sum(), lambda u, v: (v - u).square().sum()  # noqa: E731
+    gradient, _ = hypergradient(f, g, u, u)
+    assert_close(gradient, torch.ones(3, dtype=torch.float32))
+
+
 def test_a_map_must_look_like_the_lower_level() -> None:
     v = {"a": torch.zeros(2), "b": torch.zeros(1)}
     phi = lambda u, v: {"a": v["a"] / 2 + u, "b": v["b"] / 3}  # noqa: E731
