@@ -113,7 +113,7 @@ LAYERS = {
     "buffers": set(),
     "graph": set(),
     "levels": set(),
-    "composite": {"levels"},
+    "composite": {"levels", "tensors"},
     "in_place": {"tensors"},
     "moments": set(),
     "borrowed": {"in_place", "levels", "moments", "tensors"},
@@ -124,7 +124,7 @@ LAYERS = {
     "evaluation": {"errors", "faces", "tensors"},
     "metrics": {"evaluation"},
     "dual": {"evaluation", "moments", "tensors"},
-    "multipliers": {"choices", "dual", "evaluation", "tensors"},
+    "multipliers": {"choices", "dual", "errors", "evaluation", "tensors"},
     "curvature": {"choices", "errors", "graph", "in_place", "randomness", "tensors"},
     "penalties": {
         "choices",

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,7 +23,7 @@ from .penalties import Losses, Penalty, Reduce, one_worker
 from .randomness import RandomState
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
-from .tensors import Pair, Tensors, clones, placed, zeros_for
+from .tensors import Tensors, clones, placed, zeros_for
 from .transaction import all_or_nothing, rehearsal
 
 Closure: TypeAlias = Callable[..., Tensor]
@@ -60,8 +59,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         upper_lr: learning rate where an upper group names none (default: 1e-3).
         lower_lr: the same for the lower level (default: 1e-3).
         lower_steps: v-steps before each u-step in ``step``.
-        warmup_steps: the first so many calls of ``step`` move v and the multiplier only, so that u
-            starts on a hypergradient that is already about right.
+        warmup_steps: ``step`` moves v and the multiplier only, until the certificate
+            ||grad_v f + H q|| is at most half of ||grad_v f||, what it is at q = 0; for at most so
+            many calls (minibatch noise may keep it above).
         penalty: ``"stationarity"``, ``"paper"`` (the published schedule), ``"value"`` (gradients
             only), ``"fixed_point"`` (the lower closure returns a map Phi(u, v)) or an object.
         curvature: ``"auto"``, ``"double_backward"``, ``"finite_difference"``, ``"functional"``
@@ -146,7 +146,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
         self._sets.check_penalty(self.penalty, self._dual)
         self._adjoint = self._dual.multiplier
-        self._counts = {"steps": 0, "gradient_evaluations": 0}
+        self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
         self._dependence_checked = False
         self._zeros_in_a_row = 0
 
@@ -188,7 +188,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             if not shared:
                 evaluation, norms = evaluate()
                 self._adjoint = self._merged(evaluation.adjoint)
-            self._move_upper(evaluation, norms, hold=self._counts["steps"] < self.warmup_steps)
+            self._move_upper(evaluation, norms, hold=self._warms_up(norms))
         return evaluation.upper_loss
 
     def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
@@ -270,6 +270,13 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
 
+    def _warms_up(self, norms: Norms) -> bool:
+        """Is the hypergradient of this step still too rough for u to follow it?"""
+        ready = norms.adjoint_residual <= 0.5 * norms.slope
+        left = self._counts["warmup_left"]
+        self._counts["warmup_left"] = 0 if ready else max(left - 1, 0)
+        return left > 0 and not ready
+
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
         point = self._point().upper
         for parameter, gradient in zip(point, evaluation.upper_grad, strict=True):
@@ -338,22 +345,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         )
         return self._sets.applied(losses)
 
-    def _devices(self) -> list[torch.device]:
-        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
-
-    def _point(self) -> Pair:
-        """The parameters that move, as they are now."""
-        upper = [p for p in levels.parameters(self.upper) if p.requires_grad]
-        lower = [p for p in levels.parameters(self.lower) if p.requires_grad]
-        return Pair(tuple(upper), tuple(lower))
-
     def _moving_lower(self) -> list[bool]:
         moving = [p.requires_grad for p in levels.parameters(self.lower)]
         return moving + [True] * len(self._sets.lower.multipliers)
-
-    def _moving_upper_names(self) -> list[str]:
-        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
-        return [name for name, p in named if p.requires_grad]
 
     def _merged(self, adjoint: Tensors) -> Tensors:
         """``adjoint`` of the moving lower parameters, with the multiplier for the others."""
