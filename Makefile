@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint suite clean
+.PHONY: help demo test lint suite rates clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -42,6 +42,9 @@ lint: $(VENV)/.dev  ## lint, format check and strict types
 
 suite: $(VENV)/.test  ## solve the analytic problems with minimize; table of errors
 	$(RUN) benchmarks/suite.py --starts 5
+
+rates: $(VENV)/.test  ## errors of the hypergradients under their bounds; table and benchmarks/rates.png
+	$(RUN) benchmarks/rates.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage
