@@ -113,8 +113,8 @@ def one_loop(kappa: float = KAPPA, weight: float = 1000.0) -> Iterable[Curve]:
     The errors of v and of the multiplier follow a linear recursion, with the pull w and the
     curvature L that the rule measures. With w = 0 its radius is that of the slower of both,
     usually 1 - mu/L of the multiplier. The pull couples them, and is slow to fade where v starts
-    far off. It adds up to 0.3 of ||r|| to the direction of v: with steps of 2 / (L + mu), the best
-    ones on g alone, v diverges.
+    far off. It adds up to 0.3 of ||r|| to the direction of v, so steps must stay below 2 / (1.3 L):
+    steps of 2 / (L + mu), the best ones on g alone, may be too long.
     """
     problem = Quadratic(kappa, 20)
     lr = 4 / 3 / problem.L

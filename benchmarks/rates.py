@@ -72,7 +72,7 @@ def draw(axes: Any, curves: list[Curve]) -> None:
     axes.grid(color="#dddddd", linewidth=0.6)
     # Below, not inside: lines cross every corner of some panel.
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
-    axes.legend(fontsize=9, ncols=3, frameon=False, **place)
+    axes.legend(fontsize=9, ncols=2, columnspacing=1.0, frameon=False, **place)
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
         for curve in family():
             panels[curve.panel].append(curve)
 
-    figure, grid = plt.subplots(2, 3, figsize=(14, 9), layout="constrained")
+    figure, grid = plt.subplots(2, 3, figsize=(14, 9.4), layout="constrained")
     for axes, curves in zip(grid.flat, panels.values(), strict=False):
         draw(axes, curves)
     words = grid.flat[-1]

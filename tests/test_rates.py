@@ -65,6 +65,16 @@ def test_the_derivative_of_the_steps_has_a_power_of_t_that_implicit_methods_have
     assert_close(b, a, rtol=0, atol=0.01 * float(a.norm()))
 
 
+def test_what_does_not_iterate_has_the_bias_of_its_closed_form() -> None:
+    """At v*: q = -eta grad_v f, or 0, in the place of -A^{-1} grad_v f."""
+    problem = Quadratic(KAPPA, 20)
+    for method, eta in (("one_step", problem.step), ("alternating", 0.0)):
+        options = {"step_size": eta} if eta else {}
+        measured = problem.error(estimate(problem, problem.best, method, **options))
+        expected = float((problem.J @ ((1 / problem.A - eta) * problem.slope)).norm())
+        assert measured == pytest.approx(expected, rel=1e-12), method
+
+
 @pytest.mark.parametrize("samples", [1, 4])
 def test_mean_squares_of_samples_are_their_closed_form(samples: int) -> None:
     """Mean and variance of each entry of q follow a recursion of their own: A is diagonal.
