@@ -2,7 +2,7 @@
 
     python benchmarks/rows.py
 
-g = mean over a batch of 200 rows of sigmoid(u_i) (x_i'v - 1)^2, v of 20 numbers, f = |v - 1|^2. u is
+g = mean of sigmoid(u_i) (x_i'v - 1)^2 over a batch of 200, f = |v - 1|^2, v of 20 numbers. u is
 an ``nn.Embedding(n, 1)``, once dense with Adam and once sparse with SparseAdam. Milliseconds per
 step: median and the middle half of 60 steps (dense from a million rows on: 12).
 """
