@@ -39,7 +39,9 @@ def restriction(box: testing.protocol.Bounds | None, h: testing.protocol.Loss | 
     return parts if h is None else [*parts, Inequality(h)]
 
 
-def run(problem: testing.Problem, seed: int, budget: int) -> tuple[MinimizeResult, float]:
+def run(
+    problem: testing.Problem, seed: int, budget: int, restarts: int
+) -> tuple[MinimizeResult, float]:
     """One solve and its seconds."""
     u, v = problem.start(torch.Generator().manual_seed(seed))
     began = time.perf_counter()
@@ -49,15 +51,16 @@ def run(problem: testing.Problem, seed: int, budget: int) -> tuple[MinimizeResul
         u,
         v,
         max_evaluations=budget,
+        restarts=restarts,
         upper_constraint=restriction(problem.upper_box, problem.h_upper) or None,
         lower_constraint=restriction(problem.lower_box, problem.h_lower) or None,
     )
     return result, time.perf_counter() - began
 
 
-def row(problem: testing.Problem, starts: int, budget: int) -> str:
+def row(problem: testing.Problem, starts: int, budget: int, restarts: int) -> str:
     """A line of the table."""
-    runs = [run(problem, seed, budget) for seed in range(starts)]
+    runs = [run(problem, seed, budget, restarts) for seed in range(starts)]
     results = [r for r, _ in runs]
     error = max(float(problem.error(r.upper, r.lower)) for r in results)
     gap = max(r.upper_loss - problem.optimal_value for r in results)
@@ -77,11 +80,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="problems; default: all")
     parser.add_argument("--starts", type=int, default=10, help="random starts per problem")
     parser.add_argument("--budget", type=int, default=5000, help="evaluations per run")
+    parser.add_argument("--restarts", type=int, default=40, help="further runs within the budget")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     problems = [testing.get(name) for name in options.names or testing.names()]
-    rows = [row(p, options.starts, options.budget) for p in tqdm(problems, unit="problem")]
+    rows = [
+        row(p, options.starts, options.budget, options.restarts)
+        for p in tqdm(problems, unit="problem")
+    ]
     print("\n| problem | error | f - f* | evaluations, median / max | seconds | ends |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))

@@ -69,6 +69,7 @@ class MinimizeResult:
             "weakly_active", "infeasible", "budget", "stalled", "unbounded" or "stopped";
             "running" in a callback.
         message: what happened and what to try.
+        solutions: different points that converged, over all restarts.
     """
 
     upper: Any
@@ -83,6 +84,7 @@ class MinimizeResult:
     iterations: int
     status: str
     message: str
+    solutions: int = 0
 
     @property
     def converged(self) -> bool:
