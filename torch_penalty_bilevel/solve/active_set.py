@@ -150,7 +150,7 @@ class ActiveSet:
                 m = at.m.new_zeros(len(at.m))
                 m[working] = multipliers[len(v) :]
                 return self._judged(_Point(at.x, multipliers[: len(v)], m), working, sizes)
-            free = torch.linalg.lstsq(E.T, -model.slope, driver="gelsd").solution
+            free = _multipliers(model, working)
             worst = torch.where(signed, free, math.inf)[len(v) :].argmin()
             if not float(free[len(v) + worst]) < 0:
                 return None
@@ -166,8 +166,7 @@ class ActiveSet:
         start, previous, slow = at.x[:near], math.inf, 0
         model = self._expand(at, sizes)
         # First-order multipliers at the start, so that the first step has a sensible L_xx.
-        E = torch.cat([model.r_x, model.c_x[working]])
-        at = self._with(at, torch.linalg.lstsq(E.T, -model.slope, driver="gelsd").solution, working)
+        at = self._with(at, _multipliers(model, working), working)
         for _ in range(NEWTON):
             model = self._expand(at, sizes)
             E = torch.cat([model.r_x, model.c_x[working]])
@@ -255,6 +254,12 @@ class ActiveSet:
     def _pairs(self, working: Tensor, lower: int) -> Tensor:
         upper = working.numel() - 2 * lower
         return working[upper : upper + lower] & working[upper + lower :]
+
+
+def _multipliers(model: _Expansion, working: Tensor) -> Tensor:
+    """The least-norm (q, m_W) of either sign that makes L_x smallest."""
+    normals = torch.cat([model.r_x, model.c_x[working]])
+    return -(torch.linalg.pinv(normals.T, rtol=SINGULAR) @ model.slope)
 
 
 def _positive(matrix: Tensor, normals: Tensor, strictly: bool = False) -> bool:

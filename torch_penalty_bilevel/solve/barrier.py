@@ -37,9 +37,7 @@ class Restriction:
     """
 
     def __init__(self, name: str, constraints: Any, index: int) -> None:
-        found: Any = constraints if isinstance(constraints, Sequence) else [constraints]
-        if constraints is None:
-            found = []
+        found = as_list(constraints)
         self._simplex = any(type(c).__name__ == "Simplex" for c in found)
         self._parts = [_values(name, c, index) for c in found]
 
@@ -61,6 +59,13 @@ class Restriction:
     def direction(self, tree: Any) -> Any:
         """A vector of the free space in the user's."""
         return pytree.tree_map(lambda z: z @ _basis(z, 1).T, tree) if self._simplex else tree
+
+
+def as_list(constraints: Any) -> list[Any]:
+    """None, one constraint or several, as a list."""
+    if constraints is None:
+        return []
+    return list(constraints) if isinstance(constraints, Sequence) else [constraints]
 
 
 def _values(name: str, constraint: Any, index: int) -> Values:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import graph
 from ..curvature.double_backward import explained
 from ..errors import DoubleBackwardError, NonFiniteError, UnusedParameterError
+from ..pytrees import Structure
 from .derivatives import gradient, jacobian, variable
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
@@ -56,12 +56,11 @@ class Level:
     """One level's pytree as a flat float64 vector, and the way back."""
 
     def __init__(self, name: str, tree: Any) -> None:
-        found, self.spec = pytree.tree_flatten_with_path(tree)
-        self.names = [name + pytree.keystr(path) for path, _ in found]
-        self.leaves: list[Tensor] = [leaf for _, leaf in found]
-        if not found:
+        self.structure = Structure(name, tree)
+        self.leaves = self.structure.leaves
+        if not self.leaves:
             raise ValueError(f"{name} is empty; give a pytree with at least one tensor")
-        for label, leaf in zip(self.names, self.leaves, strict=True):
+        for label, leaf in zip(self.structure.names, self.leaves, strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():  # pyright: ignore
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__  # pyright: ignore
                 raise TypeError(f"{label} must be a floating-point tensor, got {kind}")
@@ -82,7 +81,7 @@ class Level:
             part.reshape(like.shape).to(like.device, like.dtype)
             for part, like in zip(parts, self.leaves, strict=True)
         ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return self.structure.tree(leaves)
 
 
 class Losses:
@@ -201,7 +200,7 @@ class Losses:
         """Raise if an upper tensor enters neither f nor r, or second derivatives are wrong."""
         with differentiating("lower"):
             leaves = [t.detach().clone().requires_grad_() for t in self.upper_level.leaves]
-            tree, v = pytree.tree_unflatten(leaves, self.upper_level.spec), variable(self.v)
+            tree, v = self.upper_level.structure.tree(leaves), variable(self.v)
             f = self._f(tree, self.lower_level.tree(v))
             g = self._g(tree, self.lower_level.tree(v))
             for loss, value in (("upper", f), ("lower", g)):
@@ -212,7 +211,7 @@ class Losses:
                     )
             (r,) = gradient(g, (v,), create_graph=True)
             direct, through = _reached(f, leaves), _reached(r, leaves)
-        for name, a, b in zip(self.upper_level.names, direct, through, strict=True):
+        for name, a, b in zip(self.upper_level.structure.names, direct, through, strict=True):
             if not (a or b):
                 raise UnusedParameterError(
                     f"neither the upper loss nor the gradient of the lower one depends on {name}; "

@@ -51,10 +51,10 @@ def minimize(
             Newton step over 1 + ||u||; v is solved a hundred times finer. At least 100 roundings of
             the parameters' dtype are used.
         max_evaluations: losses with gradients and Hessian products at most.
-        restarts: further runs at most, from the same ``max_evaluations``: from other lower minimisers
-            that a run met, on the cut g(u, v) <= g(u, w) where one of them is lower, and from random
-            starts (``restarts``). The best result is returned; ``solutions`` says how many differed.
-            No promise of a global solution: the best found.
+        restarts: further runs at most, on what is left of ``max_evaluations``: from other lower
+            minimisers in sight, on the cut g(u, v) <= g(u, w) between two of them, and from random
+            starts in the box or around the best solution. The best result is returned, with the
+            number of different solutions. This is no proof that it is the global one.
         seed: of the random starts.
         callback: called with the result so far after every accepted step; True stops.
 

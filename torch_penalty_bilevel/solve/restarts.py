@@ -1,6 +1,6 @@
 r"""Several runs of ``minimize`` on one budget: other starts, other wells, and cuts.
 
-A run that ends with another minimiser of the lower loss in sight is followed up, once per solution:
+A run that ends with another lower minimiser in sight is followed up, once per solution:
 
 - from that minimiser, if it is as low or lower;
 - by the problem that keeps v in the well with the smaller upper loss, w in the other one, and
@@ -19,13 +19,15 @@ deviations 1/2, 1, 2, 4, 1/2, ... of (1 + its root mean square) elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..constraints import Inequality
+from .barrier import as_list
 from .losses import PureLoss
 from .result import MinimizeResult
 
@@ -46,17 +48,20 @@ class Task(NamedTuple):
     lower_constraint: Any
     restore: Callable[[MinimizeResult], MinimizeResult] = lambda result: result
     """Its result as one of the problem it came from."""
-    depth: int = 0
-    """Cuts so far."""
+    cut: bool = False
+    """Is it one with a cut?"""
     weight: float = 0.1
     """Of the barrier at the start: the larger, the less the start matters."""
 
 
 class Ended(NamedTuple):
-    """A run: its result, and another lower minimiser at its u, if one was seen."""
+    """How a run ended."""
 
     result: MinimizeResult
     rival: Any
+    """Another lower minimiser at its u, if one was seen."""
+    checked: bool
+    """Did the evaluations last for looking for one?"""
 
 
 Run = Callable[[Task, int, int], Ended]
@@ -66,41 +71,43 @@ Run = Callable[[Task, int, int], Ended]
 def search(run: Run, task: Task, restarts: int, seed: int, limit: int) -> MinimizeResult:
     """The best of at most 1 + ``restarts`` runs of together at most ``limit`` evaluations."""
     generator = torch.Generator().manual_seed(seed)
-    ended, waiting, longest, spent = list[MinimizeResult](), [task], 0, 0
-    for number in range(1 + restarts):
+    ended, waiting = list[Ended](), [task]
+    longest = spent = drawn = 0
+    for _ in range(1 + restarts):
         if limit - spent < longest:  # it would hardly end
             break
         if waiting:
             now = waiting.pop(0)
         else:
-            best = _best(ended)
-            now = _elsewhere(task, best, SPREAD[(number - 1) % len(SPREAD)], generator)
-        result, rival = run(now, limit - spent, spent)
+            now = _elsewhere(task, _best(ended), SPREAD[drawn % len(SPREAD)], generator)
+            drawn += 1
+        found = run(now, limit - spent, spent)
+        result = now.restore(found.result)
         longest, spent = max(longest, result.evaluations - spent), result.evaluations
         if result.status == "stopped":
-            return now.restore(result)
-        new = all(_apart(result, other) for other in ended)
-        ended.append(now.restore(result))
-        if rival is not None and new and now.depth == 0:
-            waiting += _follow_ups(now, result, rival)
-    best = _best(ended)
-    return dataclasses.replace(best, evaluations=spent, solutions=_distinct(ended))
+            return result
+        new = all(_apart(result, other.result) for other in ended)
+        if found.rival is not None and new and not now.cut:
+            waiting += _follow_ups(now, result, found.rival)
+        ended.append(found._replace(result=result))
+    return dataclasses.replace(_best(ended), evaluations=spent, solutions=_distinct(ended))
 
 
-def _best(ended: list[MinimizeResult]) -> MinimizeResult:
+def _best(ended: list[Ended]) -> MinimizeResult:
     """The least upper loss among those with a lower minimiser; "converged" breaks near-ties."""
-    feasible = [r for r in ended if r.status in FEASIBLE]
-    if not feasible:
-        return ended[0]
-    least = min(r.upper_loss for r in feasible)
-    near = [r for r in feasible if r.upper_loss <= least + 1e-8 * (1 + abs(least))]
+    sound = [e for e in ended if e.result.status in FEASIBLE]
+    sound = [e.result for e in sound if e.checked] or [e.result for e in sound]
+    if not sound:
+        return ended[0].result
+    least, size = min(r.upper_loss for r in sound), max(abs(r.upper_loss) for r in sound)
+    near = [r for r in sound if r.upper_loss <= least + 1e-8 * size]
     return min(near, key=lambda r: (not r.converged, r.upper_loss))
 
 
-def _distinct(ended: list[MinimizeResult]) -> int:
+def _distinct(ended: list[Ended]) -> int:
     """How many different points converged."""
     kept = list[MinimizeResult]()
-    for r in ended:
+    for r in (e.result for e in ended):
         if r.converged and all(_apart(r, other) for other in kept):
             kept.append(r)
     return len(kept)
@@ -121,7 +128,7 @@ def _follow_ups(task: Task, result: MinimizeResult, rival: Any) -> list[Task]:
         return [_cut(task, result, (v, rival)), _there(task, u, rival)]
     if result.status == "lower_tie":
         return [_cut(task, result, (rival, v)), _there(task, u, rival)]
-    return [_cut(task, result, (rival, v))]
+    return [_cut(task, result, (rival, v))]  # the other well is deeper, f smaller
 
 
 def _there(task: Task, upper: Any, lower: Any) -> Task:
@@ -156,18 +163,12 @@ def _cut(task: Task, result: MinimizeResult, lower: tuple[Any, Any]) -> Task:
         lambda u, pair: g(u, pair[0]) + g(u, pair[1]),
         upper,
         lower,
-        [*(_of_pair(c, 1) for c in as_list(task.upper_constraint)), Values(level)],
+        [*(_of_pair(c, 1) for c in as_list(task.upper_constraint)), Inequality(level)],
         [_of_pair(c, 2) for c in as_list(task.lower_constraint)],
         restore,
-        task.depth + 1,
+        True,
         LOCAL,
     )
-
-
-class Values(NamedTuple):
-    """Inequalities h(u, v) <= 0, as ``constraints.Inequality`` states them."""
-
-    closure: Callable[[Any, Any], Tensor]
 
 
 def _of_pair(constraint: Any, first: int) -> Any:
@@ -175,14 +176,7 @@ def _of_pair(constraint: Any, first: int) -> Any:
     if not hasattr(constraint, "closure"):
         return constraint
     h = constraint.closure
-    return Values(lambda u, pair: torch.cat([h(u, v).reshape(-1) for v in pair[:first]]))
-
-
-def as_list(constraint: Any) -> list[Any]:
-    """None, one constraint or several, as a list."""
-    if constraint is None:
-        return []
-    return list(constraint) if isinstance(constraint, Sequence) else [constraint]
+    return Inequality(lambda u, pair: torch.cat([h(u, v).reshape(-1) for v in pair[:first]]))
 
 
 def _elsewhere(task: Task, best: MinimizeResult, spread: float, generator: torch.Generator) -> Task:

@@ -19,8 +19,8 @@ class Rival(NamedTuple):
     """Another minimiser of g(u, .) and what it makes of the one found."""
 
     status: str
-    """``lower_not_global``: g is lower here; ``lower_tie``: f is, at the same g; ``shallower``: f is,
-    and g is higher."""
+    """``lower_not_global``: g is lower here; ``lower_tie``: f is, and g the same; ``shallower``: f
+    is, and g is higher."""
     v: Tensor
 
 

@@ -67,23 +67,20 @@ class Solver:
         try:
             status = self.follow() if any(self.limits) else self.iterate(self.tolerance)
         except Exhausted:
-            return Ended(self.result("budget"), None)
+            return Ended(self.result("budget"), None, checked=False)
         result = self.result(self.second_look(status))
-        if self.rival is None:
-            return Ended(result, None)
-        return Ended(result, self.limits[1].inside(self.losses.lower_level.tree(self.rival.v)))
+        tree, inside = self.losses.lower_level.tree, self.limits[1].inside
+        rival = None if self.rival is None else inside(tree(self.rival.v))
+        return Ended(result, rival, checked=not self.note)
 
     # Constraints.
 
     def follow(self) -> str:
         """The barrier's path, until its end or until the corner it leads to is found."""
         losses, path, last = self.losses, list[Milestone](), self.weight
-        upper, lower = (substituted(h.values, *self.limits) if h else None for h in self.limits)
         tau, status = self.weight, ""
         while tau > 0.9 * self.tolerance:
-            losses.use(*self.plain)
-            scales = losses.scales(losses.u, losses.v)
-            corners = ActiveSet(losses, upper, lower, scales)
+            corners, scales = self.corners()
             losses.use(*self.barred(tau, scales))
             final = tau < 9 * self.tolerance
             status = self.iterate(self.tolerance if final else max(1e-2 * tau, self.tolerance))
@@ -103,10 +100,17 @@ class Solver:
         verdict = judged(path[-1].slack, last)
         return verdict if verdict and (verdict == "infeasible" or status == "converged") else status
 
+    def corners(self) -> tuple[ActiveSet, tuple[float, float]]:
+        """The equations of active sets, and the scales they use."""
+        self.losses.use(*self.plain)
+        upper, lower = (substituted(h.values, *self.limits) if h else None for h in self.limits)
+        scales = self.losses.scales(self.losses.u, self.losses.v)
+        return ActiveSet(self.losses, upper, lower, scales), scales
+
     def barred(self, tau: float, scales: tuple[float, float]) -> tuple[PureLoss, PureLoss]:
         """Both losses with barriers of weight ``tau``, on the free variables."""
-        pairs = zip(self.both, self.limits, scales, strict=True)
-        f, g = (substituted(barrier(*pair, scale=s, tau=tau), *self.limits) for *pair, s in pairs)
+        triples = zip(self.both, self.limits, scales, strict=True)
+        f, g = (substituted(barrier(loss, h, tau, s), *self.limits) for loss, h, s in triples)
         return f, g
 
     def find_corner(self, corners: ActiveSet, path: list[Milestone], tau: float) -> bool:
@@ -122,10 +126,12 @@ class Solver:
 
     def second_look(self, status: str) -> str:
         """Is there a better lower minimiser at the end?"""
-        if self.at is None or status not in ("converged", "stalled", "flat_upper", "weakly_active"):
+        if status not in ("converged", "stalled", "flat_upper", "weakly_active"):
             return status
-        u, v = self.corner[:2] if self.corner else (self.at.u, self.at.low.v)
-        losses = self.losses
+        losses, found = self.losses, self.found
+        if found is None:
+            return status
+        u, v = found.u, found.v
         losses.use(*self.plain)
         try:
             scales = losses.scales(u, v)
@@ -210,36 +216,45 @@ class Solver:
         moves = (m for m in escapes(self.losses, self.at) if m.step.decrease > tiny)
         return any(self.attempt(m, fine) is not None for m in moves)
 
+    @property
+    def found(self) -> Corner | None:
+        """The corner, or else the last point accepted."""
+        at = self.at
+        if self.corner or at is None:
+            return self.corner
+        return Corner(
+            at.u, at.low.v, at.q, at.low.model.residual, at.grad_u, at.grad_v, not at.H.nullity
+        )
+
     def report(self) -> bool:
         """Tell the callback; does it want to stop?"""
         return self.callback is not None and self.callback(self.result("running")) is True
 
     def result(self, status: str) -> MinimizeResult:
         """What is known so far, in the user's variables."""
-        losses, at, message = self.losses, self.at, MESSAGES[status] + self.note
+        losses, found, message = self.losses, self.found, MESSAGES[status] + self.note
         inside_u, inside_v = (limit.inside for limit in self.limits)
         adjoint = self.limits[1].direction
         u_tree, v_tree = losses.upper_level.tree, losses.lower_level.tree
         count = self.spent + losses.count
-        if at is None:
+        if found is None:
+            nan = math.nan
             return MinimizeResult(
                 inside_u(u_tree(losses.u)), inside_v(v_tree(losses.v)),
-                adjoint(v_tree(math.nan * losses.v)), *[math.nan] * 5,
+                adjoint(v_tree(nan * losses.v)), nan, nan, nan, nan, nan,
                 count, self.iterations, status, message,
             )  # fmt: skip
         if self.slow >= SLOW:
             message += "; the lower level is flat: H vanishes there, the multiplier is unbounded"
-        if not self.corner.unique if self.corner else at.H.nullity:
+        if not found.unique:
             message += "; the lower minimiser is not unique: v has the smallest upper loss nearby"
-        u, v, q, *norms = self.corner or (
-            at.u, at.low.v, at.q, at.low.model.residual, at.grad_u, at.grad_v
-        )  # fmt: skip
-        residual, grad_u, grad_v = (_norm(x) for x in norms[:3])
         with torch.no_grad():  # without the barrier
-            f, g = (float(loss(u_tree(u), v_tree(v))) for loss in self.plain)
+            f, g = (float(loss(u_tree(found.u), v_tree(found.v))) for loss in self.plain)
         return MinimizeResult(
-            inside_u(u_tree(u.clone())), inside_v(v_tree(v.clone())), adjoint(v_tree(q)), f, g,
-            residual, grad_v, grad_u, count, self.iterations, status, message,
+            inside_u(u_tree(found.u.clone())), inside_v(v_tree(found.v.clone())),
+            adjoint(v_tree(found.q)), f, g,
+            _norm(found.residual), _norm(found.grad_v), _norm(found.grad_u),
+            count, self.iterations, status, message,
         )  # fmt: skip
 
 
