@@ -142,20 +142,15 @@ class ActiveSet:
                 working = working.clone()
                 working[violation.argmax()] = True
                 continue
-            E = torch.cat([model.r_x, model.c_x[working]])
             signed = self._signed(working, sizes)
-            multipliers, missed = signed_least_squares(E.T, -model.slope, signed)
-            size = float(model.slope.norm()) + float((E.T * multipliers).norm())
-            if missed <= tolerance * size:
-                m = at.m.new_zeros(len(at.m))
-                m[working] = multipliers[len(v) :]
-                return self._judged(_Point(at.x, multipliers[: len(v)], m), working, sizes)
-            free = _multipliers(model, working)
-            worst = torch.where(signed, free, math.inf)[len(v) :].argmin()
-            if not float(free[len(v) + worst]) < 0:
+            multipliers, stationary = _signed_multipliers(model, working, signed, at.x, tolerance)
+            if stationary:
+                return self._judged(self._with(at, multipliers, working), working, sizes)
+            free = torch.where(signed, _multipliers(model, working), 0.0)[len(v) :]
+            if not bool((free < 0).any()):
                 return None
             working = working.clone()
-            working[working.nonzero()[worst]] = False
+            working[working.nonzero()[free.argmin()]] = False
         return None
 
     def _newton(
@@ -260,6 +255,20 @@ def _multipliers(model: _Expansion, working: Tensor) -> Tensor:
     """The least-norm (q, m_W) of either sign that makes L_x smallest."""
     normals = torch.cat([model.r_x, model.c_x[working]])
     return -(torch.linalg.pinv(normals.T, rtol=SINGULAR) @ model.slope)
+
+
+def _signed_multipliers(
+    model: _Expansion, working: Tensor, signed: Tensor, x: Tensor, tolerance: float
+) -> tuple[Tensor, bool]:
+    """(q, m_W) with the right signs, and whether they make L_x vanish.
+
+    Against f_x and its counterparts, or against the scale of f over a distance of 1 + ||x||.
+    """
+    normals = torch.cat([model.r_x, model.c_x[working]])
+    found, missed = signed_least_squares(normals.T, -model.slope, signed)
+    size = float(model.slope.norm()) + float((normals.T * found).norm())
+    small = 1e-2 * tolerance / (1 + float(x.norm()))
+    return found, missed <= max(tolerance * size, small)
 
 
 def _positive(matrix: Tensor, normals: Tensor, strictly: bool = False) -> bool:

@@ -94,14 +94,18 @@ def search(run: Run, task: Task, restarts: int, seed: int, limit: int) -> Minimi
 
 
 def _best(ended: list[Ended]) -> MinimizeResult:
-    """The least upper loss among those with a lower minimiser; "converged" breaks near-ties."""
+    """The least upper loss among those with a lower minimiser.
+
+    Near-ties go to "flat_upper": what one run found undetermined, another only stopped short of.
+    Then to "converged".
+    """
     sound = [e for e in ended if e.result.status in FEASIBLE]
     sound = [e.result for e in sound if e.checked] or [e.result for e in sound]
     if not sound:
         return ended[0].result
     least, size = min(r.upper_loss for r in sound), max(abs(r.upper_loss) for r in sound)
     near = [r for r in sound if r.upper_loss <= least + 1e-8 * size]
-    return min(near, key=lambda r: (not r.converged, r.upper_loss))
+    return min(near, key=lambda r: (r.status != "flat_upper", not r.converged, r.upper_loss))
 
 
 def _distinct(ended: list[Ended]) -> int:
