@@ -39,9 +39,8 @@ def restriction(box: testing.protocol.Bounds | None, h: testing.protocol.Loss | 
     return parts if h is None else [*parts, Inequality(h)]
 
 
-def run(
-    problem: testing.Problem, seed: int, budget: int, restarts: int
-) -> tuple[MinimizeResult, float]:
+def run(problem: testing.Problem, seed: int, budget: int, restarts: int) -> MinimizeResult:
+    """One solve."""
     u, v = problem.start(torch.Generator().manual_seed(seed))
     return minimize(
         problem.upper_loss,

@@ -250,3 +250,18 @@ def test_a_solution_inside_the_constraints() -> None:
     )
     assert result.converged
     assert float(result.upper.norm()) <= 1e-8
+
+
+def test_multiplier_at_an_active_bound() -> None:
+    """q = -H^-1 f_v in the user's units: H = 10, f_v = 6 (1 - 2)."""
+    result = minimize(
+        lambda u, v: 3 * square(v - 2),
+        lambda u, v: 5 * square(v - u),
+        vector(0.0),
+        vector(0.0),
+        upper_constraint=constraints.Box(-1.0, 1.0),
+    )
+    assert_close(result.multiplier, vector(0.6), rtol=0, atol=1e-9)
+    assert_close(result.upper, vector(1.0), rtol=0, atol=1e-12)
+    # The certificate is that of the active-set equation, bound included.
+    assert max(result.adjoint_residual_norm, result.upper_grad_norm) <= 1e-9

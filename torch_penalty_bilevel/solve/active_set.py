@@ -145,7 +145,9 @@ class ActiveSet:
             signed = self._signed(working, sizes)
             multipliers, stationary = _signed_multipliers(model, working, signed, at.x, tolerance)
             if stationary:
-                return self._judged(self._with(at, multipliers, working), working, sizes)
+                gone = float((at.x - start)[: u.numel() + v.numel()].norm())
+                found = self._judged(self._with(at, multipliers, working), working, sizes)
+                return found if gone <= reach else None
             free = torch.where(signed, _multipliers(model, working), 0.0)[len(v) :]
             if not bool((free < 0).any()):
                 return None
@@ -156,7 +158,10 @@ class ActiveSet:
     def _newton(
         self, at: _Point, working: Tensor, sizes: tuple[int, int, int], reach: float, tol: float
     ) -> tuple[_Point, _Expansion] | None:
-        """Newton's method with least-norm steps; None if it does not converge nearby."""
+        """Newton's method with least-norm steps; None if it does not converge.
+
+        On the way to the right working set it may go ten times as far as the solution may lie.
+        """
         near, n = sum(sizes[:2]), sum(sizes)
         start, previous, slow = at.x[:near], math.inf, 0
         model = self._expand(at, sizes)
@@ -186,9 +191,7 @@ class ActiveSet:
             return None
         model = self._expand(at, sizes)
         held = torch.cat([model.r, model.c[working]])
-        if float((at.x[:near] - start).norm()) > 10 * reach or float(held.norm()) > tol:
-            return None
-        return at, model
+        return (at, model) if float(held.norm()) <= tol else None
 
     def _with(self, at: _Point, multipliers: Tensor, working: Tensor) -> _Point:
         m = torch.zeros_like(at.m)
@@ -197,11 +200,7 @@ class ActiveSet:
 
     def _signed(self, working: Tensor, sizes: tuple[int, int, int]) -> Tensor:
         """Which of (q, m_W) must not be negative: those of h_U and of pairs held twice."""
-        lower = sizes[2]
-        upper = working.numel() - 2 * lower
-        both = working[upper : upper + lower] & working[upper + lower :]
-        all_upper = torch.ones_like(working[:upper])
-        signed = torch.cat([all_upper, both, both])[working]
+        signed = _inequalities(working, sizes[2])[working]
         return torch.cat([signed.new_zeros(sizes[1]), signed])
 
     def _expand(self, at: _Point, sizes: tuple[int, int, int]) -> _Expansion:
@@ -228,10 +227,8 @@ class ActiveSet:
         n_u, n_v, lower = sizes
         upper = working.numel() - 2 * lower
         # Weakly held entries are let go: what is sufficient without them is sufficient with them.
-        strong = working & (at.m.abs() > ZERO * (1 + float(at.m.abs().max())))
-        strong |= working & ~torch.cat(
-            [torch.ones_like(working[:upper]), *2 * [self._pairs(working, lower)]]
-        )
+        weak = at.m.abs() <= ZERO * (1 + float(at.m.abs().sum()))
+        strong = working & ~(weak & _inequalities(working, lower))
         if not _positive(model.hessian, torch.cat([model.r_x, model.c_x[strong]])):
             return None
         u, v, z = at.x.split(sizes)
@@ -246,9 +243,12 @@ class ActiveSet:
             model.gradient[n_u : n_u + n_v] * s_f, _positive(H, normals[held], strictly=True),
         )  # fmt: skip
 
-    def _pairs(self, working: Tensor, lower: int) -> Tensor:
-        upper = working.numel() - 2 * lower
-        return working[upper : upper + lower] & working[upper + lower :]
+
+def _inequalities(working: Tensor, lower: int) -> Tensor:
+    """The entries of c that could leave W: h_U, and both of a pair that is held twice."""
+    upper = working.numel() - 2 * lower
+    both = working[upper : upper + lower] & working[upper + lower :]
+    return torch.cat([torch.ones_like(working[:upper]), both, both])
 
 
 def _multipliers(model: _Expansion, working: Tensor) -> Tensor:

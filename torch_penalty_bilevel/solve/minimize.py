@@ -1,10 +1,4 @@
-r"""Deterministic bilevel minimisation: a feasible trust-region Newton method in the reduced space.
-
-.. math:: \min_u f(u, v) \quad\text{where}\quad v \in \arg\min_v g(u, v)
-
-Iterates stay on the manifold r = grad_v g = 0, H = d2g/dv2 >= 0: only Newton's method on the lower
-level ever moves v there. On it f is minimised with its exact gradient and Hessian (``reduced``).
-"""
+"""``minimize``: deterministic bilevel problems, by one run of the solver or by several."""
 
 from __future__ import annotations
 
@@ -36,7 +30,12 @@ def minimize(
     A local method: it finds a u near the start at which f(u, v(u)) is stationary with no negative
     curvature, v(u) being the branch of lower minimisers that the start leads to. Where the
     minimiser is not isolated, f chooses (optimistically). At the end a few random starts of v look
-    for a better lower minimiser; see ``status``.
+    for a better lower minimiser; see ``status``. A barrier follows constraints, and the equation of
+    the active set it points at ends them exactly, also on a kink of v(u) (``active_set``).
+
+    Other local solutions are looked for with ``restarts`` alone. None finds a solution with no
+    feasible points around that are nearly as good, as where v(u) jumps at a single u without a
+    second well of g (``testing.get("lmp_1987_01")``).
 
     Args:
         upper_loss: f(upper, lower), 0-d, pure, twice differentiable.
@@ -45,7 +44,6 @@ def minimize(
         lower: pytree v of tensors, the start; not modified.
         upper_constraint: a constraint object, or a list of them: Box, NonNegative, Simplex, Ball,
             or Inequality whose closure takes (upper, lower); holds for every tensor of the level.
-            Followed by a barrier (``barrier``) down to the weight ``tolerance``.
         lower_constraint: likewise; part of the lower level, v minimises g within it.
         tolerance: bound on the hypergradient's norm over ||grad_u f|| + ||J q||, and on the last
             Newton step over 1 + ||u||; v is solved a hundred times finer. At least 100 roundings of

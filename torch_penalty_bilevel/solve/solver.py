@@ -1,4 +1,10 @@
-"""One run of ``minimize``: from one start to one solution."""
+r"""One run of ``minimize``: a feasible trust-region Newton method in the reduced space.
+
+.. math:: \min_u f(u, v) \quad\text{where}\quad v \in \arg\min_v g(u, v)
+
+Iterates stay on the manifold r = grad_v g = 0, H = d2g/dv2 >= 0: only Newton's method on the lower
+level ever moves v there. On it f is minimised with its exact gradient and Hessian (``reduced``).
+"""
 
 from __future__ import annotations
 
