@@ -2,7 +2,7 @@
 
     python benchmarks/suite.py --starts 5                    # the table of benchmarks/README.md
     python benchmarks/suite.py ripple sine --starts 1000 --restarts 0
-    python benchmarks/suite.py smd20 coreset --starts 3
+    python benchmarks/suite.py d_1978_01 half_space --starts 1 --restarts 0 --barrier-only
 
 Per problem, over random starts: the worst error (distance to the nearest solution over
 max(1, ||solution||)), the worst gap f - f*, the worst gap of the lower loss g - min g at the u
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from torch_penalty_bilevel import MinimizeResult, minimize, testing
 from torch_penalty_bilevel.constraints import Box, Inequality
+from torch_penalty_bilevel.solve import active_set
 
 
 def lower_loss(problem: testing.Problem, u: Tensor, v: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def restriction(box: testing.protocol.Bounds | None, h: testing.protocol.Loss | 
     return parts if h is None else [*parts, Inequality(h)]
 
 
-def run(problem: testing.Problem, seed: int, budget: int, restarts: int) -> MinimizeResult:
+def run(problem: testing.Problem, seed: int, options: argparse.Namespace) -> MinimizeResult:
     """One solve."""
     u, v = problem.start(torch.Generator().manual_seed(seed))
     return minimize(
@@ -47,8 +48,9 @@ def run(problem: testing.Problem, seed: int, budget: int, restarts: int) -> Mini
         lambda u, v: lower_loss(problem, u, v),
         u,
         v,
-        max_evaluations=budget,
-        restarts=restarts,
+        max_evaluations=options.budget,
+        restarts=options.restarts,
+        tolerance=options.tolerance,
         upper_constraint=restriction(problem.upper_box, problem.h_upper) or None,
         lower_constraint=restriction(problem.lower_box, problem.h_lower) or None,
     )
@@ -62,9 +64,9 @@ def lower_gap(problem: testing.Problem, result: MinimizeResult) -> float:
     )
 
 
-def row(problem: testing.Problem, starts: int, budget: int, restarts: int) -> str:
+def row(problem: testing.Problem, options: argparse.Namespace) -> str:
     """A line of the table."""
-    results = [run(problem, seed, budget, restarts) for seed in range(starts)]
+    results = [run(problem, seed, options) for seed in range(options.starts)]
     error = max(float(problem.error(r.upper, r.lower)) for r in results)
     gap = max(r.upper_loss - problem.optimal_value for r in results)
     missed = max(lower_gap(problem, r) for r in results)
@@ -89,14 +91,17 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=10, help="random starts per problem")
     parser.add_argument("--budget", type=int, default=5000, help="evaluations per run")
     parser.add_argument("--restarts", type=int, default=40, help="further runs within the budget")
+    parser.add_argument("--tolerance", type=float, default=1e-8)
+    parser.add_argument(
+        "--barrier-only", action="store_true", help="without the active-set equation at the end"
+    )
     options = parser.parse_args()
+    if options.barrier_only:
+        active_set.DENSE = 0
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     problems = [testing.get(name) for name in options.names or testing.names()]
-    rows = [
-        row(p, options.starts, options.budget, options.restarts)
-        for p in tqdm(problems, unit="problem")
-    ]
+    rows = [row(p, options) for p in tqdm(problems, unit="problem")]
     print("\n| problem | error | f - f* | g - min g | evaluations, median / max | ends |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))

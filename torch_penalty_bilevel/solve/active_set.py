@@ -14,7 +14,7 @@ m >= 0 for h_U and for both sides of every kink, so that no neighbouring piece o
 
 Why not only a smaller barrier weight: on a kink the path's error is about the root of the weight,
 so that eight digits ask for the weight 1e-16; and where u is not determined the path runs off along
-it, while Newton's least-norm step stays (measured in benchmarks/README.md).
+it, while Newton's least-norm step stays (``benchmarks/suite.py --barrier-only``).
 """
 
 from __future__ import annotations
