@@ -99,6 +99,8 @@ def test_minimize_signature():
         "lower_constraint": None,
         "tolerance": 1e-8,
         "max_evaluations": 20000,
+        "restarts": 0,
+        "seed": 0,
         "callback": None,
     }
 
@@ -109,6 +111,7 @@ LAYERS = {
     "choices": set(),
     "testing": set(),
     "tensors": set(),
+    "pytrees": set(),
     "randomness": set(),
     "buffers": set(),
     "graph": set(),
@@ -151,7 +154,7 @@ LAYERS = {
         "tensors",
     },
     "checks": {"curvature", "errors", "graph", "penalties", "tensors"},
-    "functional": {"curvature", "errors", "linear_solve", "tensors"},
+    "functional": {"curvature", "errors", "linear_solve", "pytrees", "tensors"},
     "implicit": {"curvature", "linear_solve", "penalties", "tensors"},
     "report": set(),
     "diagnosis": {"report"},
@@ -170,7 +173,7 @@ LAYERS = {
         "report",
         "tensors",
     },
-    "solve": {"curvature", "errors", "graph", "linear_solve"},
+    "solve": {"constraints", "curvature", "errors", "graph", "linear_solve", "pytrees"},
     "optimizer": {
         "borrowed",
         "buffers",

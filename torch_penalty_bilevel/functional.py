@@ -12,15 +12,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .curvature import Linearised, VectorJacobian
 from .errors import BilevelWarning, NonFiniteError
 from .linear_solve import conjugate_gradient
+from .pytrees import Structure, Tree
 from .tensors import OptionalPair, Pair, Tensors, filled
 
-Tree: TypeAlias = Any
-"""Any pytree of tensors."""
 U = TypeVar("U")
 V = TypeVar("V")
 PureLoss: TypeAlias = Callable[[U, V], Tensor]
@@ -97,13 +95,16 @@ def penalty_gradient(
     residual = linearised.residual
     adjoint = tuple(weight * r for r in residual)
     if multiplier is not None:
-        adjoint = tuple(m + q for m, q in zip(flat.lower_leaves(multiplier), adjoint, strict=True))
+        adjoint = tuple(
+            m + q
+            for m, q in zip(flat.lower.leaves_of("multiplier", multiplier), adjoint, strict=True)
+        )
     upper_grad, lower_slope = _sum(direct, linearised.product(adjoint), flat.at)
     lower_grad = tuple(a + damping * r for a, r in zip(lower_slope, residual, strict=True))
     return PenaltyGradient(
-        flat.as_upper(upper_grad),
-        flat.as_lower(lower_grad),
-        flat.as_lower(residual),
+        flat.upper.tree(upper_grad),
+        flat.lower.tree(lower_grad),
+        flat.lower.tree(residual),
         f,
         linearised.loss,
     )
@@ -184,9 +185,9 @@ def hypergradient(
         solution.residual_norm,
         solution.converged,
         solution.message,
-        flat.as_lower(solution.value),
+        flat.lower.tree(solution.value),
     )
-    return flat.as_upper(total), info
+    return flat.upper.tree(total), info
 
 
 def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
@@ -197,36 +198,16 @@ def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
 
 
 class _Flat:
-    """Both levels as tuples of tensors, and the way back to the user's pytrees."""
+    """Both levels and both losses on tuples of tensors."""
 
     def __init__(self, upper_loss: Any, lower_loss: Any, upper: Tree, lower: Tree) -> None:
-        leaves_u, spec_u = pytree.tree_flatten(upper)
-        leaves_v, spec_v = pytree.tree_flatten(lower)
-        self.at = Pair(tuple(leaves_u), tuple(leaves_v))
-        self._specs = spec_u, spec_v
+        self.upper, self.lower = Structure("upper", upper), Structure("lower", lower)
+        self.at = Pair(tuple(self.upper.leaves), tuple(self.lower.leaves))
         self.upper_loss = self._flattened(upper_loss)
         self.lower_loss = self._flattened(lower_loss)
 
     def _flattened(self, loss: Any) -> Callable[[Tensors, Tensors], Tensor]:
-        return lambda u, v: loss(self.as_upper(u), self.as_lower(v))
-
-    def as_upper(self, leaves: Any) -> Any:
-        return pytree.tree_unflatten(list(leaves), self._specs[0])
-
-    def as_lower(self, leaves: Any) -> Any:
-        return pytree.tree_unflatten(list(leaves), self._specs[1])
-
-    def lower_leaves(self, tree: Tree) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten(tree)
-        if spec != self._specs[1]:
-            raise ValueError(f"multiplier has structure {spec}, lower has {self._specs[1]}")
-        for leaf, like in zip(leaves, self.at.lower, strict=True):
-            if leaf.shape != like.shape:
-                raise ValueError(
-                    f"a multiplier tensor has shape {tuple(leaf.shape)}, the lower one it belongs "
-                    f"to {tuple(like.shape)}"
-                )
-        return leaves
+        return lambda u, v: loss(self.upper.tree(u), self.lower.tree(v))
 
 
 def _reachable(slope: Tensors) -> float:
