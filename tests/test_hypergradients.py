@@ -80,7 +80,9 @@ def test_stopped_early_says_so(name: str, method: str) -> None:
     key = "lower_steps" if method in UNROLLED else "max_iterations"
     with pytest.warns(BilevelWarning, match=f"raise {key}|raise max_iterations") as record:
         gradient, info = call(problem, u, v, method=method, **options, **{key: 2})
-    assert record[0].filename == __file__
+    # The first use of torch.func.jvp warns of something of torch's own.
+    ours = [w for w in record if issubclass(w.category, BilevelWarning)]
+    assert [w.filename for w in ours] == [__file__]
     assert not info.converged
     assert info.residual_norm > 1e-8
     assert gradient.isfinite().all()
