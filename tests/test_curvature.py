@@ -33,6 +33,7 @@ from torch_penalty_bilevel.curvature import (
     DoubleBackward,
     FiniteDifference,
     VectorJacobian,
+    engine_point,
     resolve,
 )
 from torch_penalty_bilevel.tensors import OptionalPair, Pair, filled
@@ -639,3 +640,21 @@ def test_splitting_a_parameter_changes_nothing() -> None:
             linearised = ENGINES[name]().linearise(closure, Pair((), v))
             _, lower = linearised.product(split(q, shapes))
             assert relative_error(filled(lower, v), (matrix @ q,)) < 5e-8, name
+
+
+@pytest.mark.parametrize("engine", [DoubleBackward(), VectorJacobian(), Automatic()])
+def test_both_products_of_a_map(engine) -> None:
+    """(dr/dv)'q, (dr/du)'q and (dr/dv) w of r = v - Phi against dense Jacobians."""
+    W, u, v = normal(4, 4, seed=1), normal(3, seed=2), normal(4, seed=3)
+    phi = lambda u, v: torch.tanh(W @ v + u.sum() * v.square() + u[0])  # noqa: E731
+    at = engine_point(engine, Pair(*(leaves((t,)) for t in (u, v))))
+    made = engine.linearise_map(lambda u, v: (phi(u[0], v[0]),), at, reusable=True)
+    B = torch.eye(4) - torch.func.jacrev(phi, argnums=1)(u, v)
+    E = -torch.func.jacrev(phi, argnums=0)(u, v)
+    for seed in (4, 5):  # reusable, in any order
+        q = normal(4, seed=seed)
+        upper, lower = made.product((q,))
+        assert_close(lower[0], B.T @ q, rtol=1e-12, atol=1e-13)
+        assert_close(upper[0], E.T @ q, rtol=1e-12, atol=1e-13)
+        assert made.transposed is not None
+        assert_close(made.transposed((q,))[0].detach(), B @ q, rtol=1e-12, atol=1e-13)

@@ -371,7 +371,7 @@ def test_unrelated_levels() -> None:
         ({"method": "magic"}, "got 'magic'"),
         ({"tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
         ({"tolerance": math.nan}, "tolerance"),
-        ({"max_iterations": 0}, "max_iterations must be >= 1, got 0"),
+        ({"max_iterations": 0}, "max_iterations must be an integer >= 1, got 0"),
         ({"damping": -1.0}, "damping must be >= 0, got -1.0"),
         ({"damping": math.nan}, "damping"),
     ],

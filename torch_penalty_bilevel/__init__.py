@@ -12,6 +12,7 @@ from .errors import DoubleBackwardError as DoubleBackwardError
 from .errors import NondeterministicClosureError as NondeterministicClosureError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import UnusedParameterError as UnusedParameterError
+from .hypergradient_optimizer import HypergradientOptimizer as HypergradientOptimizer
 from .metrics import Metrics as Metrics
 from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
@@ -33,6 +34,7 @@ __all__ = [
     "EpsilonTest",
     "FiniteDifference",
     "FixedPoint",
+    "HypergradientOptimizer",
     "HypergradientReport",
     "LeastSquares",
     "Metrics",

@@ -14,6 +14,7 @@ from .curvature import Loss
 from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
+from .randomness import RandomState
 from .tensors import OptionalTensors, Pair
 
 
@@ -55,7 +56,9 @@ def check_dependence(
         UnusedParameterError: naming the parameters, unless ``allow_unused``.
         ValueError: g does not depend on the lower parameters.
     """
+    random = RandomState(p.device for p in (*at.upper, *at.lower))
     found = dependence(losses, at, lower_is_map)
+    random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name
         for name, direct, indirect in zip(names, *found, strict=True)
@@ -90,11 +93,15 @@ def _residual(lower: Loss, at: Pair) -> list[Tensor]:
     return residual
 
 
-def raise_unused(names: Sequence[str]) -> None:
-    """Say which parameters nothing depends on."""
+def raise_unused(names: Sequence[str], direct_only: bool = False) -> None:
+    """Say which parameters nothing depends on, or ``direct_only`` not f."""
+    who = "the method follows grad_u f alone, and the upper loss does not depend"
+    if not direct_only:
+        who = "neither the upper loss nor the residual of the lower level depends"
+    remedy = "use another method" if direct_only else "use them in a closure"
     raise UnusedParameterError(
-        f"neither the upper loss nor the residual of the lower level depends on {list(names)}; "
-        "use them in a closure, freeze them with requires_grad_(False), or pass allow_unused=True"
+        f"{who} on {list(names)}; {remedy}, freeze them with requires_grad_(False), or pass "
+        "allow_unused=True"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,22 @@ class TwoLevelOptimizer(Optimizer):
     _order: list[str]
     _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order")
 
+    def _build(
+        self,
+        upper: levels.Parameters,
+        lower: levels.Parameters,
+        upper_lr: float | None,
+        lower_lr: float | None,
+        make_lower: Callable[..., Optimizer] = torch.optim.Adam,
+    ) -> None:
+        """Join the rules given or, where parameters were given, ordinary ones over them."""
+        if upper is lower and isinstance(upper, Optimizer):
+            raise ValueError("upper and lower are the same optimizer; each level needs its own")
+        upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
+        lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3, make=make_lower)
+        levels.check_disjoint(upper_rule, lower_rule)
+        self._join(upper_rule, lower_rule)
+
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
         """Start life with these two rules, in the way unpickling does."""
         self.upper, self.lower = upper, lower
@@ -39,19 +55,6 @@ class TwoLevelOptimizer(Optimizer):
 
     def _rules(self) -> dict[str, Optimizer]:
         return {"upper": self.upper, "lower": self.lower}
-
-    def _devices(self) -> list[torch.device]:
-        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
-
-    def _point(self) -> Pair:
-        """The parameters that move, as they are now."""
-        upper = [p for p in levels.parameters(self.upper) if p.requires_grad]
-        lower = [p for p in levels.parameters(self.lower) if p.requires_grad]
-        return Pair(tuple(upper), tuple(lower))
-
-    def _moving_upper_names(self) -> list[str]:
-        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
-        return [name for name, p in named if p.requires_grad]
 
     # torch.optim.Optimizer keeps these two as plain attributes; here they are views.
 
@@ -95,6 +98,19 @@ class TwoLevelOptimizer(Optimizer):
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         raise NotImplementedError
+
+    def _point(self) -> Pair:
+        """The parameters that move, as they are now."""
+        upper, lower = levels.parameters(self.upper), levels.parameters(self.lower)
+        moving = [tuple(p for p in level if p.requires_grad) for level in (upper, lower)]
+        return Pair(*moving)
+
+    def _moving_upper_names(self) -> list[str]:
+        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
+        return [name for name, p in named if p.requires_grad]
+
+    def _devices(self) -> list[torch.device]:
+        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
 
     # Checkpoints, pickle, deepcopy.
 

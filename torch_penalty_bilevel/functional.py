@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
-from .curvature import Linearised, VectorJacobian
-from .errors import BilevelWarning, NonFiniteError
-from .linear_solve import conjugate_gradient
+from .curvature import VectorJacobian
+from .errors import BilevelWarning
+from .hypergradients import HypergradientInfo as HypergradientInfo
+from .hypergradients import Options, Problem, check_method, check_options, pure_hypergradient
+from .linear_solve import MakeOptimizer
+from .penalties import Losses
 from .pytrees import Structure, Tree
-from .tensors import OptionalPair, Pair, Tensors, filled
+from .tensors import OptionalPair, Pair, Tensors, cast_like, filled
 
 U = TypeVar("U")
 V = TypeVar("V")
@@ -32,21 +34,6 @@ class PenaltyGradient(NamedTuple):
     residual: Tree
     upper_loss: Tensor
     lower_loss: Tensor
-
-
-class HypergradientInfo(NamedTuple):
-    """How the linear solve behind a hypergradient ended."""
-
-    iterations: int
-    """Second-order products used."""
-    residual_norm: float
-    """||H q + grad_v f||_2 (not squared): the certificate."""
-    converged: bool
-    """Did the residual reach the tolerance?"""
-    message: str
-    """What happened and what to try."""
-    adjoint: Tree
-    """q, shaped like ``lower``; -(H + damping)^{-1} grad_v f when converged."""
 
 
 def penalty_gradient(
@@ -81,6 +68,7 @@ def penalty_gradient(
         (grad_u F, grad_v F_low, r, f, g); the first three have the structure of their level.
 
     Example:
+        >>> import torch
         >>> u, v = torch.tensor(1.0), torch.tensor(3.0)
         >>> f = lambda u, v: u * v
         >>> g = lambda u, v: (v - u) ** 2
@@ -112,82 +100,115 @@ def penalty_gradient(
 
 def hypergradient(
     upper_loss: PureLoss[U, V],
-    lower_loss: PureLoss[U, V],
+    lower_loss: PureLoss[U, V] | Callable[[U, V], V],
     upper: U,
     lower: V,
     *,
     method: str = "cg",
+    lower_is_map: bool = False,
     tolerance: float | None = None,
     max_iterations: int | None = None,
-    damping: float = 0.0,
+    damping: float | None = None,
+    start: V | None = None,
+    step_size: float | None = None,
+    lower_steps: int | None = None,
+    truncation: int | None = None,
+    linear_optimizer: MakeOptimizer | None = None,
+    samples: int | None = None,
 ) -> tuple[U, HypergradientInfo]:
-    r"""Implicit differentiation at (u, v), where v should minimise g(u, .).
+    r"""The hypergradient of f(u, v*(u)), v* minimising g(u, .) or v* = Phi(u, v*), by any method.
 
     .. math:: \nabla_u f + J q, \qquad (H + \lambda I) q = -\nabla_v f
 
+    With a map, here and below, H is (I - dPhi/dv)', which need not be symmetric, and J is
+    -(dPhi/du)'. Options that a method does not have are refused.
+
+    Solving for q at the given v, with ``tolerance, max_iterations, damping, start``:
+
+    - ``"cg"``: conjugate gradients; H + lambda I symmetric positive definite.
+    - ``"cg_normal"``: conjugate gradients on the normal equations; any H.
+    - ``"neumann"`` (also ``step_size``): Neumann series; H of a loss below 2 / eta, or a
+      contraction.
+    - ``"fixed_point"`` (also ``step_size``): fixed-point iteration, likewise.
+    - ``"stochastic"`` (also ``step_size, linear_optimizer, samples``): a torch optimizer, SGD(lr =
+      eta) by default, on the linear system, with the lower loss called anew for every product.
+    - ``"approx_grad"`` (also ``linear_optimizer``): gradient steps on ||H q + grad_v f||^2, of the
+      best length by default (ApproxGrad of Mehra & Hamm, 2021).
+
+    Differentiating T steps v <- v - eta grad_v g, or v <- v - eta (v - Phi(u, v)), from the given
+    v, with ``tolerance, step_size, lower_steps``:
+
+    - ``"reverse"`` (also ``truncation``): with recomputation; memory for T copies of v.
+    - ``"forward"``: dv/du carried along; memory and time for n_u copies of v.
+
+    Without solving: ``"one_step"`` (``tolerance, step_size``), q = -eta grad_v f (T1-T2, Luketina
+    et al., 2016); ``"alternating"``, q = 0. Rates of the others: Grazzi et al. (ICML 2020).
+
     Args:
         upper_loss: f(upper, lower), 0-d.
-        lower_loss: g(upper, lower), 0-d.
+        lower_loss: g(upper, lower), 0-d; with ``lower_is_map`` Phi, structured like ``lower``.
         upper: pytree u.
-        lower: pytree v.
-        method: ``"cg"``: conjugate gradients, for H + lambda I positive definite.
+        lower: pytree v; not modified.
+        method: see above.
+        lower_is_map: the lower level is the fixed point of a map.
         tolerance: bound on ||(H + lambda I) q + grad_v f||_2 / ||grad_v f||_2; None: 1e-10, or
             100 times the precision of the lower level's dtype where that is larger.
-        max_iterations: products at most; None: ten times the number of unknowns.
-        damping: lambda >= 0 above; biases the result by O(lambda).
+        max_iterations: products at most (steps of ``linear_optimizer``); None: ten times the number
+            of unknowns for ``cg``, twenty times for ``cg_normal``, 1000 for others.
+        damping: lambda >= 0 above, None is 0; biases the result by O(lambda).
+        start: q to start from; None is zero.
+        step_size: eta; None: 1 for a map, 1 / ||H||_2 for a loss, by at most 20 more products.
+        lower_steps: T; None is 100.
+        truncation: go back through the last so many steps only; None: through all.
+        linear_optimizer: makes a torch optimizer from a list of tensors, the unknown q.
+        samples: J, products averaged in each step, and samples of J q.
 
     Returns:
-        The hypergradient with the structure of ``upper``, and how the solve ended. If it stopped
-        early, ``info.converged`` is False and a ``BilevelWarning`` says why; after a breakdown the
-        hypergradient is NaN.
+        The hypergradient with the structure of ``upper``, and how it ended. If that was early,
+        ``info.converged`` is False and a ``BilevelWarning`` says why (``one_step`` and
+        ``alternating``, early by design, do not warn); after a breakdown the hypergradient is NaN.
 
     Raises:
-        ValueError: an unknown method or an argument out of range.
-        NonFiniteError: the losses or their gradients are not finite at (u, v).
+        ValueError: an unknown method, or an option that the method does not have or out of range.
+        NonFiniteError: the losses or their gradients are not finite at (u, v), or where the lower
+            steps lead.
 
     Example:
+        >>> import torch
         >>> u, v = torch.tensor(1.0), torch.tensor(1.0)   # v minimises g(u, .) = (v - u)^2
         >>> gradient, info = hypergradient(lambda u, v: u * v, lambda u, v: (v - u) ** 2, u, v)
         >>> gradient, info.converged                        # d/du of u * v(u) = u^2
         (tensor(2.), True)
+        >>> gradient, info = hypergradient(
+        ...     lambda u, v: v**2, lambda u, v: v / 2 + u, u, torch.tensor(2.0),
+        ...     lower_is_map=True, method="cg_normal",
+        ... )
+        >>> gradient, info.converged                        # v(u) = 2 u, d/du of 4 u^2
+        (tensor(8.), True)
     """
-    if method != "cg":
-        raise ValueError(f"method must be one of ['cg'], got {method!r}")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance}")
-    if max_iterations is not None and max_iterations < 1:
-        raise ValueError(f"max_iterations must be >= 1, got {max_iterations}")
-    if not damping >= 0:
-        raise ValueError(f"damping must be >= 0, got {damping}")
-    flat = _Flat(upper_loss, lower_loss, upper, lower)
-    at = Pair(tuple(t.detach() for t in flat.at.upper), tuple(t.detach() for t in flat.at.lower))
-    engine = VectorJacobian()
-    f, direct = engine.gradient(flat.upper_loss, at)
-    linearised = engine.linearise(flat.lower_loss, at)
-    slope = filled(direct.lower, at.lower)
-    _require_finite(f, linearised, (*filled(direct.upper, at.upper), *slope))
-
-    def damped(q: Tensors) -> Tensors:
-        product = filled(linearised.product(q).lower, at.lower)
-        return tuple(h + damping * t for h, t in zip(product, q, strict=True))
-
-    solution = conjugate_gradient(
-        damped,
-        tuple(-s for s in slope),
-        tolerance=_reachable(slope) if tolerance is None else tolerance,
+    check_method(method)
+    flat = _Flat(upper_loss, lower_loss, upper, lower, lower_is_map=lower_is_map)
+    options = Options(
+        tolerance=tolerance,
         max_iterations=max_iterations,
+        damping=damping,
+        start=None if start is None else tuple(flat.lower.leaves_of("start", start)),
+        step_size=step_size,
+        lower_steps=lower_steps,
+        truncation=truncation,
+        linear_optimizer=linear_optimizer,
+        samples=samples,
     )
-    if not solution.converged:
-        warnings.warn(f"hypergradient: {solution.message}", BilevelWarning, stacklevel=2)
-    total = _sum(direct, linearised.product(solution.value), at).upper
-    info = HypergradientInfo(
-        solution.iterations,
-        solution.residual_norm,
-        solution.converged,
-        solution.message,
-        flat.lower.tree(solution.value),
-    )
-    return flat.upper.tree(total), info
+    check_options(method, options)
+    at = Pair(tuple(t.detach() for t in flat.at.upper), tuple(t.detach() for t in flat.at.lower))
+    losses = Losses(flat.upper_loss, flat.lower_loss)
+    problem = Problem(losses, at, VectorJacobian(), lower_is_map=lower_is_map)
+    total, info = pure_hypergradient(problem, method, options)
+    if not info.converged and method not in ("one_step", "alternating"):
+        warnings.warn(f"hypergradient: {info.message}", BilevelWarning, stacklevel=2)
+    if info.adjoint is not None:
+        info = info._replace(adjoint=flat.lower.tree(cast_like(info.adjoint, at.lower)))
+    return flat.upper.tree(cast_like(total, at.upper)), info
 
 
 def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
@@ -198,28 +219,19 @@ def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
 
 
 class _Flat:
-    """Both levels and both losses on tuples of tensors."""
+    """Both levels as tuples of tensors, and losses of tuples."""
 
-    def __init__(self, upper_loss: Any, lower_loss: Any, upper: Tree, lower: Tree) -> None:
-        self.upper, self.lower = Structure("upper", upper), Structure("lower", lower)
+    def __init__(
+        self, upper_loss: Any, lower: Any, u: Tree, v: Tree, *, lower_is_map: bool = False
+    ) -> None:
+        self.upper, self.lower = Structure("upper", u), Structure("lower", v)
         self.at = Pair(tuple(self.upper.leaves), tuple(self.lower.leaves))
         self.upper_loss = self._flattened(upper_loss)
-        self.lower_loss = self._flattened(lower_loss)
+        phi = self._flattened(lower)
+        self.lower_loss: Any = phi
+        if lower_is_map:
+            name = "Phi(upper, lower)"
+            self.lower_loss = lambda u, v: tuple(self.lower.leaves_of(name, phi(u, v)))
 
-    def _flattened(self, loss: Any) -> Callable[[Tensors, Tensors], Tensor]:
+    def _flattened(self, loss: Any) -> Callable[[Tensors, Tensors], Any]:
         return lambda u, v: loss(self.upper.tree(u), self.lower.tree(v))
-
-
-def _reachable(slope: Tensors) -> float:
-    return max(1e-10, *(100 * torch.finfo(s.dtype).eps for s in slope))
-
-
-def _require_finite(f: Tensor, linearised: Linearised, gradient: Tensors) -> None:
-    for label, block in (
-        ("upper loss", (f,)),
-        ("lower loss", (linearised.loss,)),
-        ("gradient of the upper loss", gradient),
-        ("residual grad_v g", linearised.residual),
-    ):
-        if not all(bool(torch.isfinite(t).all()) for t in block):
-            raise NonFiniteError(f"hypergradient: {label} is not finite at this point")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import Automatic, Curvature, FiniteDifference, engine_point
+from .curvature import Automatic, Curvature, engine_point, takes_differences
 from .linear_solve import Solution, conjugate_gradient, least_squares
 from .penalties import Losses, Reduce
 from .tensors import (
@@ -23,6 +23,8 @@ from .tensors import (
     axpy,
     cast_like,
     clones,
+    coarsest_eps,
+    dense,
     filled,
     norm,
     scale,
@@ -66,7 +68,7 @@ class ImplicitProblem:
     @property
     def differences(self) -> bool:
         """Are products differences of gradients, with an error of their own?"""
-        return self.engine_name == FiniteDifference.name
+        return takes_differences(self.engine)
 
     @property
     def tolerance(self) -> float:
@@ -85,7 +87,7 @@ class ImplicitProblem:
             return self._averaged(parts.upper, parts.lower)
 
         gradient = self._averaged(direct.upper, direct.lower)
-        residual = tuple(r.to(_wide(r)) for r in self.reduce(linearised.residual))
+        residual = tuple(dense(r) for r in self.reduce(linearised.residual))
         return Linear(gradient, residual, product)
 
     def solve_lower(self, max_iterations: int = 200) -> float:
@@ -202,30 +204,7 @@ def implicit_hypergradient(
     return Implicit(total, solution.value, not broke_down, solution)
 
 
-def coarsest_eps(tensors: Tensors) -> float:
-    """The relative rounding error of the least precise dtype."""
-    return max(torch.finfo(t.dtype).eps for t in tensors)
-
-
-def random_direction(like: Tensors) -> Tensors:
-    """A unit vector, always the same, that draws from no generator of the session."""
-    source = torch.Generator().manual_seed(0)
-    normal = [torch.randn(t.shape, generator=source, dtype=torch.float64) for t in like]
-    placed = tuple(n.to(t.device, _wide(t)) for n, t in zip(normal, like, strict=True))
-    return scale(placed, 1.0 / float(norm(placed)))
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """Not sparse, in at least float32."""
-    strided = tensor if tensor.layout == torch.strided else tensor.to_dense()
-    return strided.to(_wide(strided))
-
-
 @torch.no_grad()
 def _assign(parameters: Tensors, values: Tensors) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

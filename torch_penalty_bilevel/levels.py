@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +15,14 @@ Parameters: TypeAlias = (
 )
 
 
-def build(argument: Parameters, level: Level, lr: Any, default_lr: float) -> Optimizer:
-    """The level's rule: the optimizer given, or ``torch.optim.Adam`` over what was given.
+def build(
+    argument: Parameters,
+    level: Level,
+    lr: Any,
+    default_lr: float,
+    make: Callable[..., Optimizer] = torch.optim.Adam,
+) -> Optimizer:
+    """The level's rule: the optimizer given, or one that ``make`` makes over what was given.
 
     Raises:
         ValueError: nothing to optimise, or an ``lr`` that would have no effect.
@@ -30,9 +36,7 @@ def build(argument: Parameters, level: Level, lr: Any, default_lr: float) -> Opt
             )
         optimizer = argument
     else:
-        optimizer = torch.optim.Adam(
-            _as_list(argument, level), lr=_checked_lr(lr, level, default_lr)
-        )
+        optimizer = make(_as_list(argument, level), lr=_checked_lr(lr, level, default_lr))
     for group in optimizer.param_groups:
         mark(group, level)
     _check_rule(optimizer, level)

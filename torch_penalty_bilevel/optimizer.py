@@ -20,7 +20,6 @@ from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
-from .randomness import RandomState
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
 from .tensors import Tensors, clones, placed, zeros_for
@@ -129,12 +128,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         check_count("warmup_steps", warmup_steps, at_least=0)
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
-        if upper is lower and isinstance(upper, Optimizer):
-            raise ValueError("upper and lower are the same optimizer; each level needs its own")
-        upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
-        lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3)
-        levels.check_disjoint(upper_rule, lower_rule)
-        self._join(upper_rule, lower_rule)
+        self._build(upper, lower, upper_lr, lower_lr)
         self.lower_steps = lower_steps
         self.warmup_steps = warmup_steps
         self.curvature = engines.resolve(curvature)
@@ -143,7 +137,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self.allow_unused = bool(allow_unused)
         self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
         self.metrics = Metrics.unknown()
-        self._dual = self.penalty.rule.start(tuple(levels.parameters(lower_rule)))
+        self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
@@ -313,10 +307,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
         if not self._dependence_checked:
-            random = RandomState(p.device for p in (*at.upper, *at.lower))
             is_map = self.penalty.lower_is_map
             check_dependence(losses, at, names, self.allow_unused, is_map)
-            random.restore()  # so that a resumed run, which checks again, draws the same numbers
             self._dependence_checked = True
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())

@@ -180,6 +180,18 @@ class Restriction:
             )
 
 
+def upper_projection(constraint: Any, rule: Optimizer) -> Restriction:
+    """The upper level held to a set; raises ``ValueError`` for an ``Inequality``."""
+    restriction = Restriction("upper", constraint)
+    if restriction.inequalities:
+        raise ValueError(
+            "upper_constraint takes a projection such as Box(0, 1) here; an Inequality needs "
+            "PenaltyBilevelOptimizer"
+        )
+    restriction.check_start(names(rule, "upper"), parameters(rule))
+    return restriction
+
+
 class Restrictions:
     """The constraints of both levels.
 

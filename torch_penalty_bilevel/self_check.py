@@ -17,21 +17,13 @@ from .diagnosis import Context, diagnosed
 from .dual import DualState
 from .errors import BilevelWarning
 from .evaluation import Evaluation, Norms, measure
-from .implicit import (
-    Implicit,
-    ImplicitProblem,
-    Linear,
-    coarsest_eps,
-    dense,
-    implicit_hypergradient,
-    random_direction,
-)
-from .linear_solve import conjugate_gradient
+from .implicit import Implicit, ImplicitProblem, Linear, implicit_hypergradient
+from .linear_solve import conjugate_gradient, random_direction
 from .multipliers import LeastSquares
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
 from .report import HypergradientReport, Repeats, Slope
-from .tensors import Pair, Tensors, axpy, dot, filled, norm, scale
+from .tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm, scale
 
 _MOST_UNKNOWNS_TO_RESOLVE = 2_000
 _MOST_PRODUCTS = 1_000

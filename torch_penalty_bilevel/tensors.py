@@ -39,6 +39,17 @@ def accumulation_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """Not sparse, in at least float32."""
+    strided = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return strided.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def coarsest_eps(tensors: Sequence[Tensor]) -> float:
+    """The relative rounding error of the least precise dtype."""
+    return max(torch.finfo(t.dtype).eps for t in tensors)
+
+
 def zeros_for(parameters: Sequence[Tensor]) -> Tensors:
     """Zeros shaped and placed like ``parameters``, in at least float32."""
     return tuple(
@@ -83,6 +94,18 @@ def sum_of(left: Tensor, right: Tensor) -> Tensor:
     if left.layout != torch.strided and right.layout == torch.strided:
         return right + left  # torch adds sparse to dense only in this order
     return left + right
+
+
+def sum_of_present(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """``left + right``; None counts as zero and stays None only if both are."""
+    if left is None or right is None:
+        return right if left is None else left
+    return sum_of(left, right)
+
+
+def sum_of_optional(left: OptionalTensors, right: OptionalTensors) -> OptionalTensors:
+    """``sum_of_present``, tensor by tensor."""
+    return tuple(sum_of_present(a, b) for a, b in zip(left, right, strict=True))
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor | float) -> Tensors:

@@ -36,3 +36,9 @@ def engine_point(engine: Curvature, at: Pair) -> Pair:
     if isinstance(engine, VectorJacobian):  # no outer graph around torch.func's
         return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
     return at
+
+
+def takes_differences(engine: Curvature) -> bool:
+    """Are the engine's products differences of gradients, with an error of their own?"""
+    current = engine.current if isinstance(engine, Automatic) else engine
+    return isinstance(current, FiniteDifference)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ class DoubleBackward:
             refuse_reentrant_checkpoint(part)
         with torch.enable_grad():
             residual = tuple(v - p for v, p in zip(at.lower, image, strict=True))
-        return _with_pullback(half_square(residual), residual, at, reusable)
+        linearised = _with_pullback(half_square(residual), residual, at, reusable)
+        return linearised._replace(transposed=_pushforward(residual, at))
 
     def inspect(self, value: Tensor) -> None:
         """Refuse, once, a graph whose second derivative is known to be wrong."""
@@ -157,3 +158,25 @@ def _with_pullback(value: Tensor, residual: Tensors, at: Pair, reusable: bool) -
         return OptionalPair(parts[:n], parts[n:])
 
     return Linearised(value.detach(), tuple(r.detach() for r in residual), product)
+
+
+def _pushforward(residual: Tensors, at: Pair) -> Callable[[Tensors], Tensors]:
+    """The map w -> (dr/dv) w: q -> (dr/dv)'q is linear in q, so its own pullback is that."""
+
+    def transposed(direction: Tensors) -> Tensors:
+        with torch.enable_grad():
+            cotangents = tuple(torch.zeros_like(r, requires_grad=True) for r in residual)
+        with explained():
+            pulled = torch.autograd.grad(
+                residual, at.lower, grad_outputs=cotangents, create_graph=True
+            )
+            return torch.autograd.grad(
+                pulled,
+                cotangents,
+                grad_outputs=direction,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+
+    return transposed

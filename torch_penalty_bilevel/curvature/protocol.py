@@ -27,6 +27,8 @@ class Linearised(NamedTuple):
     product: Callable[[Tensors], OptionalPair]
     """q -> ((dr/du)'q, (dr/dv)'q) with q shaped like v; of a loss (J q, H q), with
     J = d2g/du dv (n_u x n_v) and H = d2g/dv2."""
+    transposed: Callable[[Tensors], Tensors] | None = None
+    """w -> (dr/dv) w of a map; None of a loss, where H is symmetric and ``product`` serves."""
 
 
 class Curvature(Protocol):

@@ -61,7 +61,10 @@ class VectorJacobian:
         def product(direction: Tensors) -> OptionalPair:
             return OptionalPair(*pullback(direction))
 
-        return Linearised(half_square(residual), residual, product)
+        def transposed(direction: Tensors) -> Tensors:
+            return torch.func.jvp(lambda v: residual_of(at.upper, v), (at.lower,), (direction,))[1]
+
+        return Linearised(half_square(residual), residual, product, transposed)
 
 
 def _explained() -> contextlib.AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from ..tensors import (
     dots,
     filled,
     norms,
-    sum_of,
+    sum_of_optional,
 )
 from .protocol import Reduce
 
@@ -90,16 +90,9 @@ def _reduced(
     """(H q, grad_v f, grad_u f + J q), averaged over the workers in one call."""
     product = filled(indirect.lower, at.lower)
     slope = filled(direct.lower, at.lower)
-    upper = tuple(sum_of_present(f, g) for f, g in zip(direct.upper, indirect.upper, strict=True))
+    upper = sum_of_optional(direct.upper, indirect.upper)
     present = tuple(t for t in upper if t is not None)
     n = len(at.lower)
     averaged = reduce((*product, *slope, *present))
     rest = iter(averaged[2 * n :])
     return averaged[:n], averaged[n : 2 * n], tuple(u if u is None else next(rest) for u in upper)
-
-
-def sum_of_present(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """``left + right``; None counts as zero and stays None only if both are."""
-    if left is None or right is None:
-        return right if left is None else left
-    return sum_of(left, right)

@@ -24,10 +24,10 @@ from ..tensors import (
     filled,
     norms,
     scale,
+    sum_of_present,
     zeros_for,
 )
 from .protocol import Losses, Reduce
-from .residual import sum_of_present
 
 
 class ValueGap(MultiplierRule):

@@ -1,0 +1,415 @@
+"""Every method of ``functional.hypergradient`` against closed forms and against autograd."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from memory import peak_bytes
+from problems import ORACLES, normal
+from torch import Tensor
+from torch.testing import assert_close
+
+from torch_penalty_bilevel import BilevelWarning, NonFiniteError, testing
+from torch_penalty_bilevel.functional import HypergradientInfo, hypergradient
+from torch_penalty_bilevel.hypergradients import OPTIONS_OF
+
+PROBLEMS = (
+    "quadratic", "scalar_ridge", "feature_ridge", "weighted_cleaning", "minimax", "fixed_point"
+)  # fmt: skip
+SOLVERS = ("cg", "cg_normal", "neumann", "fixed_point", "stochastic", "approx_grad")
+UNROLLED = ("reverse", "forward")
+ENOUGH = {
+    "stochastic": {"max_iterations": 5000},
+    "approx_grad": {"max_iterations": 5000},
+    # Contraction 0.9 at the worst (eta = 1 / ||H||, condition 10, and more at other v): 1e-17.
+    "reverse": {"lower_steps": 400},
+    "forward": {"lower_steps": 400},
+}
+
+
+def setting(name: str) -> tuple[testing.Problem, Tensor, Tensor, dict[str, Any]]:
+    problem = testing.get(name)
+    u, v = problem.start(torch.Generator().manual_seed(0))
+    return problem, u, v, {"lower_is_map": problem.lower_map is not None}
+
+
+def call(problem: testing.Problem, u: Tensor, v: Tensor, **options: Any) -> Any:
+    lower = problem.lower_map or problem.lower_loss
+    return hypergradient(problem.upper_loss, lower, u, v, **options)
+
+
+def unwarned(function: Any, *arguments: Any, **options: Any) -> tuple[Tensor, HypergradientInfo]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BilevelWarning)
+        return function(*arguments, **options)
+
+
+def quietly(*arguments: Any, **options: Any) -> tuple[Tensor, HypergradientInfo]:
+    return unwarned(call, *arguments, **options)
+
+
+# Closed forms.
+
+
+@pytest.mark.parametrize("method", SOLVERS + UNROLLED)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_closed_forms(name: str, method: str) -> None:
+    """Implicit methods at v*(u), unrolled ones from a random v."""
+    problem, u, v, options = setting(name)
+    if method in SOLVERS:
+        v = problem.best_lower(u)
+    before = v.clone()
+    gradient, info = call(problem, u, v, method=method, **options, **ENOUGH.get(method, {}))
+    assert info.converged
+    assert info.message == "converged"
+    # 1e-10 times ||J A^{-1}||, which is below 100 here.
+    assert_close(gradient, problem.exact_hypergradient(u), rtol=0, atol=1e-8)
+    assert torch.equal(v, before)
+    assert not gradient.requires_grad
+
+
+@pytest.mark.parametrize("method", SOLVERS + UNROLLED)
+@pytest.mark.parametrize("name", ["quadratic", "fixed_point"])
+def test_stopped_early_says_so(name: str, method: str) -> None:
+    problem, u, v, options = setting(name)
+    key = "lower_steps" if method in UNROLLED else "max_iterations"
+    with pytest.warns(BilevelWarning, match=f"raise {key}|raise max_iterations") as record:
+        gradient, info = call(problem, u, v, method=method, **options, **{key: 2})
+    # The first use of torch.func.jvp warns of something of torch's own.
+    ours = [w for w in record if issubclass(w.category, BilevelWarning)]
+    assert [w.filename for w in ours] == [__file__]
+    assert not info.converged
+    assert info.residual_norm > 1e-8
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("method", [m for m in OPTIONS_OF if m != "forward"])
+@pytest.mark.parametrize("name", ["quadratic", "fixed_point"])
+def test_residual_norm_is_the_certificate(name: str, method: str) -> None:
+    """The residual ||A q + grad_v f|| of the adjoint returned, at v (of reverse: at v_T)."""
+    problem, u, v, options = setting(name)
+    key = {"reverse": "lower_steps", "one_step": None, "alternating": None}
+    count = key.get(method, "max_iterations")
+    if count:
+        options[count] = 4
+    if method in ("neumann", "fixed_point", "stochastic", "reverse", "one_step"):
+        options["step_size"] = 0.05
+    _, info = quietly(problem, u, v, method=method, **options)
+
+    def residual(v: Tensor) -> Tensor:
+        if problem.lower_map:
+            return v - problem.lower_map(u, v)
+        return torch.func.grad(problem.lower_loss, argnums=1)(u, v)
+
+    if method == "reverse":
+        for _ in range(4):
+            v = v - 0.05 * residual(v)
+    slope = torch.func.grad(problem.upper_loss, argnums=1)(u, v)
+    matrix = torch.func.jacrev(residual)(v)
+    expected = float((slope + matrix.T @ info.adjoint).norm())
+    assert info.residual_norm == pytest.approx(expected, rel=1e-10)
+    assert info.converged == (expected <= 1e-10 * float(slope.norm()))
+
+
+# Unrolled methods against autograd through the steps.
+
+
+def wavy(u: Tensor, v: Tensor) -> Tensor:
+    """A lower loss with third derivatives: H and J differ along the way."""
+    return (v - u[:4]).pow(4).sum() / 4 + (v * v * u.sum().exp()).sum() / 2 + (v[0] * v[1]) ** 2
+
+
+def turning(u: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(0.7 * torch.roll(v, 1) + u[:4] * v + u[0])
+
+
+def score(u: Tensor, v: Tensor) -> Tensor:
+    return (v.sin() * u[:4]).sum() + u.square().sum()
+
+
+def unrolled(lower: Any, is_map: bool, u: Tensor, v: Tensor, eta: float, steps: int, kept: int):
+    """Autograd through the last ``kept`` of ``steps`` steps."""
+    u, v = u.clone().requires_grad_(), v.clone().requires_grad_()
+    for t in range(steps):
+        if is_map:
+            r = v - lower(u, v)
+        else:
+            (r,) = torch.autograd.grad(lower(u, v), v, create_graph=True)
+        v = v - eta * r
+        if t < steps - kept:
+            v = v.detach().requires_grad_()
+    return torch.autograd.grad(score(u, v), u)[0]
+
+
+@pytest.mark.parametrize("method", UNROLLED)
+@pytest.mark.parametrize(("lower", "is_map"), [(wavy, False), (turning, True)])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_is_the_derivative_of_the_steps(method: str, lower: Any, is_map: bool, steps: int) -> None:
+    u, v = 0.3 * normal(4, seed=1), normal(4, seed=2)
+    options = {"lower_steps": steps, "step_size": 0.1, "lower_is_map": is_map}
+    with pytest.warns(BilevelWarning):
+        gradient, _ = hypergradient(score, lower, u, v, method=method, **options)
+    expected = unrolled(lower, is_map, u, v, 0.1, steps, steps)
+    assert_close(gradient, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 6])
+def test_truncation_goes_back_through_the_last_steps_only(kept: int) -> None:
+    u, v = 0.3 * normal(4, seed=1), normal(4, seed=2)
+    options = {"lower_steps": 6, "step_size": 0.1, "truncation": kept}
+    with pytest.warns(BilevelWarning):
+        gradient, info = hypergradient(score, wavy, u, v, method="reverse", **options)
+    assert_close(gradient, unrolled(wavy, False, u, v, 0.1, 6, kept), rtol=1e-12, atol=1e-13)
+    assert info.iterations == kept
+
+
+@pytest.mark.parametrize("method", UNROLLED)
+def test_a_lower_level_that_still_moves_is_not_converged(method: str) -> None:
+    """The part of v that f sees is there after one step, the other needs thousands."""
+    curvature = torch.tensor([1.0, 1e-3])
+    g = lambda u, v: (curvature * (v - u).square()).sum() / 2  # noqa: E731
+    f = lambda u, v: v[0].sin()  # noqa: E731
+    options: dict[str, Any] = {"method": method, "step_size": 1.0, "lower_steps": 5}
+    with pytest.warns(BilevelWarning, match="still move v by" if method == "reverse" else "raise"):
+        _, info = hypergradient(f, g, torch.tensor([0.3]), torch.zeros(2), **options)
+    assert not info.converged
+    if method == "reverse":
+        assert info.residual_norm < 1e-15
+
+
+def test_reverse_from_the_solution_is_the_neumann_series() -> None:
+    problem, u, _, _ = setting("feature_ridge")
+    v = problem.best_lower(u)
+    unrolled, there = quietly(problem, u, v, method="reverse", lower_steps=8, step_size=0.1)
+    series, info = quietly(problem, u, v, method="neumann", max_iterations=7, step_size=0.1)
+    assert_close(unrolled, series, rtol=1e-10, atol=1e-14)
+    assert_close(there.adjoint, info.adjoint, rtol=1e-10, atol=1e-14)
+
+
+def test_one_step_is_one_lower_step_at_its_end_and_alternating_is_the_direct_gradient() -> None:
+    problem, u, v, _ = setting("quadratic")
+    one, info = call(problem, u, v, method="one_step", step_size=0.1)
+    f_u, f_v = torch.func.grad(problem.upper_loss, argnums=(0, 1))(u, v)
+    cross = torch.func.jacrev(torch.func.grad(problem.lower_loss, argnums=1), argnums=0)(u, v)
+    assert_close(one, f_u - 0.1 * cross.T @ f_v, rtol=1e-12, atol=1e-13)
+    assert info.iterations == 0
+    direct, info = call(problem, u, v, method="alternating")
+    assert torch.equal(direct, f_u)
+    assert torch.equal(info.adjoint, torch.zeros_like(v))
+    assert not info.converged
+    with pytest.raises(ValueError, match="needs step_size"):
+        call(problem, u, v, method="one_step")
+
+
+def test_one_step_is_exact_where_the_hessian_is_a_multiple_of_the_identity() -> None:
+    u = normal(3, seed=1)  # v = u, H = 5 I
+    f, g = lambda u, v: v.sin().sum(), lambda u, v: 2.5 * (v - u).square().sum()
+    gradient, info = hypergradient(f, g, u, u, method="one_step", step_size=0.2)
+    assert info.converged
+    assert_close(gradient, u.cos(), rtol=1e-14, atol=0)
+
+
+# Memory.
+
+
+def hidden(u: Tensor, v: Tensor) -> Tensor:
+    """2,000 hidden numbers per number of v."""
+    return torch.tanh(torch.linspace(0, 1, 2000)[:, None] * v + u).square().mean()
+
+
+def test_memory_of_reverse_is_that_of_the_iterates() -> None:
+    u, v = torch.tensor(0.3), normal(20, seed=1)
+    f = lambda u, v: v.square().sum()  # noqa: E731
+
+    def run(steps: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BilevelWarning)
+            options = {"lower_steps": steps, "step_size": 0.1}
+            hypergradient(f, hidden, u, v, method="reverse", **options)
+
+    run(2)  # lazy set-up of torch
+    few, many = peak_bytes(lambda: run(5)), peak_bytes(lambda: run(45))
+    iterate = v.numel() * v.element_size()
+    activation = 2000 * iterate
+    assert few > 2 * activation  # the measurement sees graphs: one of them
+    # 40 more iterates and 40 more 0-d losses, in blocks of 64 bytes.
+    assert many - few <= 40 * (iterate + 64 + 64)
+
+    def kept_graph() -> None:
+        w = v.clone().requires_grad_()
+        for _ in range(45):
+            (r,) = torch.autograd.grad(hidden(u, w), w, create_graph=True)
+            w = w - 0.1 * r
+        f(u, w).backward()
+
+    assert peak_bytes(kept_graph) > 10 * many  # 45 steps kept instead of one
+
+
+# Options.
+
+
+@pytest.mark.parametrize("method", OPTIONS_OF)
+def test_options_a_method_does_not_have_are_refused(method: str) -> None:
+    problem, u, v, _ = setting("quadratic")
+    values = {
+        "tolerance": 1e-3, "max_iterations": 3, "damping": 0.1, "start": v, "step_size": 0.1,
+        "lower_steps": 2, "truncation": 1, "linear_optimizer": torch.optim.SGD, "samples": 2,
+    }  # fmt: skip
+    signature = inspect.signature(hypergradient).parameters
+    assert set(values) == set(signature) - {
+        "upper_loss", "lower_loss", "upper", "lower", "method", "lower_is_map"
+    }  # fmt: skip
+    for name, value in values.items():
+        if name not in OPTIONS_OF[method]:
+            with pytest.raises(ValueError, match=rf"{name}=.*no effect with method='{method}'"):
+                call(problem, u, v, method=method, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "match"),
+    [
+        ("neumann", {"step_size": 0.0}, ValueError, "step_size must be > 0, got 0.0"),
+        ("neumann", {"step_size": math.inf}, ValueError, "step_size"),
+        ("reverse", {"lower_steps": 0}, ValueError, "lower_steps must be an integer >= 1, got 0"),
+        ("reverse", {"truncation": 1.5}, ValueError, "truncation must be an integer >= 1, got 1.5"),
+        ("stochastic", {"samples": 0}, ValueError, "samples must be an integer"),
+        ("stochastic", {"linear_optimizer": 3}, TypeError, "linear_optimizer must be a function"),
+        ("cg", {"start": torch.zeros(2)}, ValueError, "a start tensor has shape"),
+        ("cg", {"start": [torch.zeros(6)]}, ValueError, "start has structure"),
+    ],
+)
+def test_bad_options(method: str, options: Any, error: type[Exception], match: str) -> None:
+    problem, u, v, _ = setting("quadratic")
+    with pytest.raises(error, match=match):
+        call(problem, u, v, method=method, **options)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_start_and_damping(method: str) -> None:
+    problem, u, _, options = setting("quadratic")
+    v = problem.best_lower(u)
+    options |= {"damping": 2.0, "method": method} | ENOUGH.get(method, {})
+    gradient, info = call(problem, u, v, **options)
+    f_u, f_v = torch.func.grad(problem.upper_loss, argnums=(0, 1))(u, v)
+    H = torch.func.hessian(problem.lower_loss, argnums=1)(u, v)
+    J = torch.func.jacrev(torch.func.grad(problem.lower_loss, argnums=1), argnums=0)(u, v).T
+    q = -torch.linalg.solve(H + 2 * torch.eye(6), f_v)
+    assert_close(info.adjoint, q, rtol=0, atol=1e-8)
+    assert_close(gradient, f_u + J @ q, rtol=0, atol=1e-8)
+    again, warm = call(problem, u, v, start=info.adjoint, **options)
+    assert warm.iterations <= 1  # a Neumann series has one term
+    assert_close(again, gradient, rtol=0, atol=1e-8)
+
+
+def test_a_method_that_breaks_down_gives_nan() -> None:
+    problem, u, v, _ = setting("quadratic")  # ||H|| = 10
+    for method in ("neumann", "fixed_point"):
+        with pytest.warns(BilevelWarning, match="diverged.*step_size"):
+            gradient, info = call(problem, u, v, method=method, step_size=1.0)
+        assert gradient.isnan().all()
+        assert info.adjoint.isnan().all()
+        assert not info.converged
+    with pytest.raises(NonFiniteError, match="not finite"):  # v itself runs away
+        call(problem, u, v, method="reverse", step_size=10.0, lower_steps=500)
+    with pytest.warns(BilevelWarning):  # an upper tensor that only g sees is NaN, not zero
+        gradient, _ = hypergradient(
+            lambda u, v: v.sum(), lambda u, v: -(v - u).square().sum(), u[:2], v[:2]
+        )
+    assert gradient.isnan().all()
+
+
+def test_large_is_not_infinite() -> None:
+    """Gradients are finite, their norm is not (float32): no error, and nothing is certified."""
+    u = torch.ones(3, dtype=torch.float32)
+    f, g = lambda u, v: 1e30 * (u + v).sum(), lambda u, v: (v - u).square().sum()
+    gradient, info = hypergradient(f, g, u, u, method="alternating")
+    assert_close(gradient, torch.full_like(u, 1e30))
+    assert not info.converged
+    for method in SOLVERS:
+        _, info = unwarned(hypergradient, f, g, u, u, method=method)
+        assert not info.converged, method
+
+
+def test_a_map_must_look_like_the_lower_level() -> None:
+    v = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    phi = lambda u, v: {"a": v["a"] / 2 + u, "b": v["b"] / 3}  # noqa: E731
+    f = lambda u, v: (v["a"] * torch.tensor([1.0, 3.0])).sum()  # noqa: E731
+    for method in ("cg_normal", "fixed_point", "reverse", "forward"):
+        gradient, info = hypergradient(
+            f, phi, torch.tensor(1.0), v, lower_is_map=True, method=method
+        )
+        assert float(gradient) == pytest.approx(8.0, abs=1e-8)
+        assert info.adjoint is None or set(info.adjoint) == {"a", "b"}
+    with pytest.raises(ValueError, match=r"Phi.* has structure"):
+        hypergradient(f, lambda u, v: v["a"], torch.tensor(1.0), v, lower_is_map=True)
+
+
+@pytest.mark.parametrize("method", [*SOLVERS, *UNROLLED, "one_step", "alternating"])
+def test_pytrees_and_float32(method: str) -> None:
+    oracle = ORACLES["quadratic"]()
+    low = lambda tree: torch.utils._pytree.tree_map(lambda t: t.float(), tree)  # noqa: E731
+    options: dict[str, Any] = {"method": method} | ENOUGH.get(method, {})
+    if method == "one_step":
+        options["step_size"] = 0.1
+    gradient, _ = hypergradient(oracle.f, oracle.g, oracle.upper, oracle.lower, **options)
+    single, info = hypergradient(
+        lambda u, v: oracle.f(*double(u, v)).float(),
+        lambda u, v: oracle.g(*double(u, v)).float(),
+        low(oracle.upper),
+        low(oracle.lower),
+        **options,
+    )
+    leaves = torch.utils._pytree.tree_leaves
+    for a, b in zip(leaves(single), leaves(gradient), strict=True):
+        assert a.dtype == torch.float32
+        assert_close(a.double(), b, rtol=1e-3, atol=1e-3)  # 100 eps times the condition number
+    assert info.converged == (method not in ("one_step", "alternating"))
+
+
+def double(*trees: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: t.double(), trees)
+
+
+# Stochastic.
+
+
+def test_stochastic_draws_anew_for_every_product() -> None:
+    """Lower data seen one batch at a time: the mean of many hypergradients is the exact one."""
+    X, y = normal(40, 3, seed=1), normal(40, seed=2)
+    u = torch.tensor(-0.5)
+
+    def loss(u: Tensor, v: Tensor, rows: Any = slice(None)) -> Tensor:
+        return (X[rows] @ v - y[rows]).square().mean() / 2 + u.exp() * v.square().sum() / 2
+
+    calls = []
+
+    def sampled(u: Tensor, v: Tensor) -> Tensor:
+        calls.append(torch.randint(0, 40, (8,)))
+        return loss(u, v, calls[-1])
+
+    f = lambda u, v: (v + 3).square().sum()  # noqa: E731
+    H = torch.func.hessian(loss, argnums=1)(u, torch.zeros(3))
+    v = torch.linalg.solve(H, X.T @ y / 40)
+    exact, _ = hypergradient(f, loss, u, v)
+    options = {
+        "linear_optimizer": lambda q: torch.optim.SGD(q, lr=0.02),
+        "max_iterations": 300,
+        "samples": 2,
+    }
+    found = []
+    for _ in range(12):
+        with pytest.warns(BilevelWarning, match="stopped"):
+            gradient, info = hypergradient(f, sampled, u, v, method="stochastic", **options)
+        assert not info.converged
+        found.append(float(gradient))
+    assert len({tuple(c.tolist()) for c in calls}) == len(calls) >= 12 * 600
+    estimates = torch.tensor(found)
+    # Within four standard errors of the mean, which are well below the value itself.
+    error = float(estimates.std()) / math.sqrt(len(found))
+    assert 0 < error < 0.1 * abs(float(exact))
+    assert abs(float(estimates.mean()) - float(exact)) < 4 * error

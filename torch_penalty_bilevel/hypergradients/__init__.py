@@ -1,0 +1,20 @@
+"""Hypergradients by every method, on problems that may be live closures or pure functions."""
+
+from __future__ import annotations
+
+from .estimate import estimated as estimated
+from .lower_steps import learning_rates as learning_rates
+from .lower_steps import restart as restart
+from .lower_steps import take_lower_steps as take_lower_steps
+from .options import IMPLICIT as IMPLICIT
+from .options import OPTIONS_OF as OPTIONS_OF
+from .options import Count as Count
+from .options import Options as Options
+from .options import check_loop as check_loop
+from .options import check_method as check_method
+from .options import check_options as check_options
+from .options import count_at as count_at
+from .problem import Problem as Problem
+from .problem import check_serves_maps as check_serves_maps
+from .pure import HypergradientInfo as HypergradientInfo
+from .pure import pure_hypergradient as pure_hypergradient

@@ -1,0 +1,55 @@
+"""Lower steps by the lower level's own torch optimizer, for loops over live closures."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+from ..levels import parameters
+from ..randomness import RandomState
+from ..tensors import Tensors, clones
+from .problem import Problem
+from .unrolled import Visit
+
+
+def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -> list[Visit]:
+    """Let ``rule`` step ``steps`` times on grad_v g, or v - Phi.
+
+    Args:
+        problem: its lower point are the parameters of ``rule`` that move.
+        rule: the lower level's.
+        steps: how many.
+        kept: of how many of the last ones to return what repeating them takes; 0 for any rule.
+
+    Raises:
+        NonFiniteError: a loss or residual is not finite.
+        ValueError: a kept step was not v <- v - lr r.
+    """
+    lower, visits = problem.at.lower, list[Visit]()
+    devices = [p.device for level in problem.at for p in level]
+    for left in range(steps, 0, -1):
+        random = RandomState(devices) if left <= kept else None
+        loss, residual = problem.residual()
+        if left <= kept:
+            visits.append(Visit(clones(lower), learning_rates(rule), loss, random))
+        for parameter, gradient in zip(lower, residual, strict=True):
+            # A copy where it is needed afterwards: hooks change gradients in place.
+            parameter.grad = gradient.to(parameter.dtype, copy=left <= kept)
+        rule.step()
+        if left <= kept:
+            visits[-1].check_step(lower, residual)
+    return visits
+
+
+def learning_rates(rule: Optimizer) -> tuple[float, ...]:
+    """One per parameter that moves."""
+    groups = rule.param_groups
+    return tuple(float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad)
+
+
+@torch.no_grad()
+def restart(rule: Optimizer, first: Tensors) -> None:
+    """Parameters back to ``first``, with a rule that remembers nothing."""
+    for parameter, value in zip(parameters(rule), first, strict=True):
+        parameter.copy_(value)
+        rule.state.pop(parameter, None)
