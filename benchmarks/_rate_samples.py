@@ -77,11 +77,11 @@ def sampled(kappa: float = KAPPA, copies: int = 400) -> Iterable[Curve]:
     through = spectral(problem.J) ** 2
     offset = 2 / mu / min(problem.step, mu / (mu**2 + 2 * noise**2))
     rule = decreasing(2 / mu / offset, offset)
-    counts = [2**i for i in range(2, 9)]
+    counts = [2**i for i in range(2, 10)]
     errors = [problem.mean_square(linear_optimizer=rule, max_iterations=k) for k in counts]
     bounds = [through * max(offset, 8 * noise**2 / mu**2) * size**2 / (offset + k) for k in counts]
     law = lambda k: 1 / (offset + k)  # noqa: E731
-    yield Curve("k steps", "sampled", counts, errors, bounds, law, "1/k", 30, True)
+    yield Curve("k steps", "sampled", counts, errors, bounds, law, "1/k", 60, True)
 
     problem = Sampled(kappa, noise, noise, copies)
     counts = [2**i for i in range(4)]

@@ -18,8 +18,8 @@ from _rate_samples import Sampled, decreasing, sampled
 from torch import Tensor
 from torch.testing import assert_close
 
-# Two curves whose slopes are averaged over random draws or projections, and the laws with a power
-# of t beside the exponential, agree to 3 %; all others to 1 %.
+# Where random projections (CG) or draws (samples) make errors fluctuate, and where a power of t
+# stands beside the exponential, the slopes agree to 3 %; all others to 1 %.
 SLACK = 0.05
 
 
