@@ -40,8 +40,9 @@ lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-suite: $(VENV)/.test  ## solve the analytic problems with minimize; table of errors
+suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optimizer; tables
 	$(RUN) benchmarks/suite.py --starts 5
+	$(RUN) benchmarks/suite_optimizer.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage
