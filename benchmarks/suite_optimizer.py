@@ -6,11 +6,11 @@
 One configuration for all: Adam at --lr on both levels, 5 lower steps per upper step, a warm-up of
 at most 50, cosine decay to zero; float64. Per problem the worst over random starts of: error
 (distance to the nearest solution over max(1, ||solution||)), gap f - f*, certificate ||a||,
-a = grad_v f + H q, residual ||r||, hypergradient, and g(u, v) - g(u, v*(u)); then the condition
-number of the upper level at the solution and how the runs ended:
+a = grad_v f + H q, residual ||r||, hypergradient, and g(u, v) - g(u, v*(u)); then the
+least curvature of u -> f(u, v*(u)) at the solution and how the runs ended:
 
     solved        error <= 1e-6, or 1e-3 where the lower level is singular or no u is optimal
-    warned        the optimizer raised or warned
+    warned        the optimizer raised, or warned of more than an exactly zero hypergradient
     certificate   ||a|| or ||r|| > 1e-6: v or the multiplier has not settled, and it shows
     moving        the hypergradient that feasible motion can follow is > 1e-6: u has not settled
     not minimal   all of these are small, but another v has a smaller g
@@ -62,6 +62,7 @@ class Job(NamedTuple):
     lr: float
     schedule: str
     beta2: float
+    trace: bool = False
 
 
 class End(NamedTuple):
@@ -92,6 +93,26 @@ def is_target(problem: testing.Problem, error: float) -> bool:
     return error <= (1e-3 if problem.tags & {"singular", "unattained"} else 1e-6)
 
 
+class Trace:
+    """Where the first entry of u went, a line per tenth of the run."""
+
+    def __init__(self, job: Job, problem: testing.Problem) -> None:
+        self.job, self.origin = job, float(problem.solutions[0][0][0])
+        self.seen: list[float] = []
+
+    def add(self, u: Tensor, optimizer: PenaltyBilevelOptimizer) -> None:
+        self.seen.append(float(u.detach()[0]) - self.origin)
+        if len(self.seen) % max(1, self.job.steps // 10):
+            return
+        part = self.seen[-max(1, self.job.steps // 10) :]
+        held = {k: [t.tolist() for t in z] for k, z in optimizer.inequality_multipliers.items()}
+        print(
+            f"{self.job.name} start {self.job.seed} step {len(self.seen)}: u_1 - u*_1 from "
+            f"{min(part):.1e} to {max(part):.1e}, {sum(x < 0 for x in part)} of {len(part)} below "
+            f"0; hypergradient {u.grad.tolist() if u.grad is not None else ''}; multipliers {held}"
+        )
+
+
 def run(job: Job) -> End:
     """One start."""
     torch.set_default_dtype(torch.float64)
@@ -119,6 +140,7 @@ def run(job: Job) -> End:
         return float(problem.error(u.detach(), v.detach()))
 
     reached, raised = math.inf, False
+    trace = Trace(job, problem) if job.trace else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BilevelWarning)
         for k in range(1, job.steps + 1):
@@ -128,9 +150,13 @@ def run(job: Job) -> End:
                 raised = True
                 break
             scheduler.step()
+            if trace is not None:
+                trace.add(u, optimizer)
             if reached == math.inf and error() <= 1e-6:
                 reached = k * LOWER_STEPS
-    alarmed = raised or any(issubclass(w.category, BilevelWarning) for w in caught)
+    # An exactly zero hypergradient is what a finished run has; that warning is no alarm here.
+    alarms = [w for w in caught if "exactly zero" not in str(w.message)]
+    alarmed = raised or bool(alarms)
     return judged(problem, u.detach(), v.detach(), optimizer, reached, alarmed)
 
 
@@ -161,13 +187,12 @@ def judged(
     return End(error, gap, reached, certificate, residual, hypergradient, depth, verdict)
 
 
-def upper_condition(problem: testing.Problem) -> str:
-    """Condition number of the Hessian of u -> f(u, v*(u)) at a smooth, unique solution."""
+def least_curvature(problem: testing.Problem) -> str:
+    """Least |eigenvalue| of the Hessian of u -> f(u, v*(u)) at a smooth, unique solution."""
     if problem.tags & {"constrained", "many_solutions", "unattained", "singular"}:
         return ""
     hessian = torch.func.hessian(problem.hyperobjective)(problem.solution()[0])
-    spectrum = torch.linalg.eigvalsh(hessian).abs()
-    return f"{float(spectrum.max() / spectrum.min()):.1g}"
+    return f"{float(torch.linalg.eigvalsh(hessian).abs().min()):.0e}"
 
 
 def row(name: str, ends: list[End]) -> str:
@@ -182,7 +207,7 @@ def row(name: str, ends: list[End]) -> str:
         gap,
         f"{steps:.0f}" if steps < math.inf else "",
         *rest,
-        upper_condition(testing.get(name)),
+        least_curvature(testing.get(name)),
         ", ".join(f"{verdict} {n}" for verdict, n in verdicts),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -198,20 +223,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="of both levels (0.1)")
     parser.add_argument("--schedule", choices=DECAY, default="cosine")
     parser.add_argument("--beta2", type=float, default=0.999, help="Adam's, for u (0.999)")
+    parser.add_argument("--trace", action="store_true", help="print where u goes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     names = options.names or list(testing.names())
-    jobs = [
-        Job(name, seed, options.steps, options.lr, options.schedule, options.beta2)
-        for name in names
-        for seed in range(options.starts)
-    ]
+    settings = options.steps, options.lr, options.schedule, options.beta2, options.trace
+    jobs = [Job(name, seed, *settings) for name in names for seed in range(options.starts)]
     with ProcessPoolExecutor(options.jobs) as pool:
         ends = list(tqdm(pool.map(run, jobs), total=len(jobs), unit="run"))
     print(
         "\n| problem | error | f - f* | lower steps to 1e-6 | ‖a‖ | ‖r‖ | hypergradient "
-        "| g - min g | upper condition | ends |"
+        "| g - min g | upper curvature | ends |"
     )
     print("|" + "---|" * 10)
     for name in names:
