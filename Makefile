@@ -40,8 +40,9 @@ lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-suite: $(VENV)/.test  ## solve the analytic problems with minimize; table of errors
+suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optimizer; tables
 	$(RUN) benchmarks/suite.py --starts 5
+	$(RUN) benchmarks/suite_optimizer.py
 
 rates: $(VENV)/.test  ## errors of the hypergradients under their bounds; table and benchmarks/rates.png
 	$(RUN) benchmarks/rates.py
