@@ -321,9 +321,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             raise_unused(unused)
         # Once is a coincidence of symmetric starts; never again after the warning.
         vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0 and self._sets.upper.is_free
-        self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
-        if self._zeros_in_a_row == 3:
-            warn_of_zero()
+        if self._zeros_in_a_row < 3:
+            self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
+            if self._zeros_in_a_row == 3:
+                warn_of_zero()
         self._counts["gradient_evaluations"] += evaluation.cost
         self.metrics = Metrics.of(
             evaluation, norms, dual.scalars, self._counts["gradient_evaluations"]
