@@ -225,12 +225,13 @@ def test_a_hypergradient_of_exactly_zero_is_named_once():
         loss = (task.net(task.x[:8]) - task.y[:8]).square().mean()
         return loss + seen * u.sum() * task.net[0].weight.sum()
 
-    seen = 0.0
+    seen = torch.zeros(())
     for _ in range(3):  # the multiplier is zero in the first: two suspicious evaluations
         optimizer.step(task.upper, blind)
     with pytest.warns(BilevelWarning, match="exactly zero three times"):
         optimizer.step(task.upper, blind)
-    for seen in (0.0, 0.1, 0.0, 0.0, 0.0, 0.0):  # warnings are errors here: it is said once
+    for value in (0.0, 0.1, 0.0, 0.0, 0.0, 0.0):  # warnings are errors here: it is said once
+        seen.fill_(value)
         optimizer.step(task.upper, blind)
 
 
