@@ -70,6 +70,7 @@ def penalty(
     steps: int,
     batch: int = 100,
     upper_lr: float = 0.05,
+    lower_lr: float = 1e-2,
     ridge: float = 0.03,
     trace: list[tuple[float, ...]] | None = None,
 ) -> Row:
@@ -83,7 +84,7 @@ def penalty(
         [scores],
         lower,
         upper_lr=upper_lr,
-        lower_lr=1e-2,
+        lower_lr=lower_lr,
         penalty=Stationarity(LeastSquares(ridge=ridge)),
     )
 

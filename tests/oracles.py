@@ -47,7 +47,7 @@ class LeastSquaresTwin:
         self.upper, self.lower = Adam(lr), Adam(lr)
         self.T, self.damping, self.share, self.ridge = lower_steps, damping, share, ridge
         self.nu, self.k, self.L, self.p = torch.zeros_like(v), 0, 0.0, None
-        self.R = self.A = self.S = 0.0
+        self.R = self.A = self.S = self.w = self.C = self.N = self.kappa = 0.0
 
     def step(self):
         for _ in range(self.T):
@@ -66,10 +66,14 @@ class LeastSquaresTwin:
             self.A = 0.99 * self.A + 0.01 * float(a @ a)
             self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
             w = self.share * math.sqrt(self.R / (self.A + self.S))
-            self.v = self.lower(self.v, self.damping * r + w * a)
+            self.w = max(w, self.w * (1 - 1 / (self.k + 1)))
+            self.v = self.lower(self.v, self.damping * r + self.w * a)
             self.upper_grad = f_u + J @ self.nu  # at the point and with the nu of this evaluation
             self.certificate, self.residual = a.norm(), r.norm()
-            mu = self.ridge * self.L
+            self.C = 0.9 * self.C + 0.1 * float(self.nu @ Hnu)
+            self.N = 0.9 * self.N + 0.1 * float(self.nu @ self.nu)
+            self.kappa = max(0.99 * self.kappa, -self.C / self.N if self.N > 0 else 0.0)
+            mu = self.ridge * self.L + self.kappa
             self.nu = self.nu - (a + mu * self.nu) / (self.L + mu)
             self.k += 1
         self.u = self.upper(self.u, self.upper_grad)

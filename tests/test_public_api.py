@@ -136,7 +136,7 @@ LAYERS = {
     "evaluation": {"errors", "faces", "tensors"},
     "metrics": {"evaluation"},
     "dual": {"evaluation", "moments", "tensors"},
-    "multipliers": {"choices", "dual", "evaluation", "tensors"},
+    "multipliers": {"choices", "dual", "errors", "evaluation", "tensors"},
     "curvature": {"choices", "errors", "graph", "in_place", "randomness", "tensors"},
     "penalties": {
         "choices",

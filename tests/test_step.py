@@ -257,18 +257,6 @@ def test_both_gradients_of_a_quadratic_in_every_engine(curvature):
     )
 
 
-def test_warmup_holds_the_upper_level():
-    u, v, optimizer = build(*start(), upper_lr=0.1, lower_lr=0.1, warmup_steps=3)
-    f, g = closures("curved", u, v, "auto")
-    for _ in range(3):
-        optimizer.step(f, g)
-        assert torch.equal(u.detach(), start()[0])
-        assert not optimizer.upper.state
-    assert not torch.equal(v.detach(), start()[1])
-    optimizer.step(f, g)
-    assert not torch.equal(u.detach(), start()[0])
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -107,7 +107,7 @@ class DualState(NamedTuple):
 
 
 class MultiplierRule(Protocol):
-    """The dual half of the method."""
+    """The dual half of the method; subclass it, or offer the same."""
 
     shares_evaluation: bool
     """May the last lower evaluation serve the upper update too?"""
@@ -121,12 +121,12 @@ class MultiplierRule(Protocol):
         ...
 
     def probes(self, state: DualState) -> bool:
-        """Does the next evaluation need a product with ``probe``?"""
-        ...
+        """Does the next evaluation need a product with ``probe``? By default never."""
+        return False
 
     def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
         """A direction of unit length; ``slope`` is grad_v f."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} asks for no probe")
 
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
@@ -135,5 +135,5 @@ class MultiplierRule(Protocol):
         ...
 
     def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
-        """The state after an upper step that used ``evaluation``."""
-        ...
+        """The state after an upper step that used ``evaluation``; by default unchanged."""
+        return state

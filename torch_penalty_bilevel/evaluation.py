@@ -37,6 +37,8 @@ class Evaluation(NamedTuple):
     """H times the unit direction asked for by the multiplier rule; empty if it asked for none."""
     cost: int
     """Gradient evaluations, a second-order product counting as one or two."""
+    curvature_terms: Tensors = ()
+    """<q_i, (H q)_i> of each lower tensor, 0-d; together the curvature <q, H q>."""
     tracker: Tensors = ()
     """z, a second lower point; empty where the penalty keeps none."""
     tracker_loss: Tensors = ()
@@ -52,7 +54,7 @@ class Evaluation(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Euclidean norms (not squared) of an evaluation's parts, as Python numbers."""
+    """Euclidean norms (not squared) of an evaluation's parts, and <q, H q>, as Python numbers."""
 
     adjoint: float
     residual: float
@@ -61,6 +63,8 @@ class Norms(NamedTuple):
     product: float
     probe_product: float
     upper_grad: float
+    curvature: float
+    """<q, H q>, which has a sign; 0 where nothing asked for it."""
 
 
 def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
@@ -89,10 +93,13 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         "second-order product H q": evaluation.product_norms,
         "adjoint residual grad_v f + H q": norms(evaluation.adjoint_residual),
         "curvature probe H p": norms(evaluation.probe_product),
+        "curvature <q, H q>": evaluation.curvature_terms,
     }
     upper_norms = norms([*upper.values()])
     blocks |= {f"hypergradient of {n!r}": (g,) for n, g in zip(upper, upper_norms, strict=True)}
-    totals = _on_host(blocks)
+    numbers = _on_host(blocks)
+    curvature = sum(numbers["curvature <q, H q>"])
+    totals = {label: math.hypot(*parts) for label, parts in numbers.items()}
     for label, value in totals.items():
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -100,14 +107,17 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
                 "rates, clip gradients with a step hook on optimizer.lower or optimizer.upper, or "
                 "look for log(0) and division by zero in the losses"
             )
-    _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, *parts = totals.values()
-    return Norms(adjoint, residual, adjoint_residual, slope, product, probe, math.hypot(*parts))
+    _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, _, *parts = (
+        totals.values()
+    )
+    upper_grad = math.hypot(*parts)
+    return Norms(adjoint, residual, adjoint_residual, slope, product, probe, upper_grad, curvature)
 
 
-def _on_host(blocks: dict[str, Tensors]) -> dict[str, float]:
-    """Sqrt of the sum of squares of each block's 0-d tensors, with one transfer for all."""
+def _on_host(blocks: dict[str, Tensors]) -> dict[str, list[float]]:
+    """Each block's 0-d tensors as numbers, with one transfer for all."""
     flat = [t for block in blocks.values() for t in block]
     if len({(t.device, t.dtype) for t in flat}) > 1:
         flat = [t.to(flat[0].device, torch.float64) for t in flat]
     numbers = iter(torch.stack(flat).tolist())
-    return {label: math.hypot(*(next(numbers) for _ in block)) for label, block in blocks.items()}
+    return {label: [next(numbers) for _ in block] for label, block in blocks.items()}

@@ -58,8 +58,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         upper_lr: learning rate where an upper group names none (default: 1e-3).
         lower_lr: the same for the lower level (default: 1e-3).
         lower_steps: v-steps before each u-step in ``step``.
-        warmup_steps: the first so many calls of ``step`` move v and the multiplier only, so that u
-            starts on a hypergradient that is already about right.
+        warmup_steps: ``step`` moves v and the multiplier only, until the certificate
+            ||grad_v f + H q|| is at most half of ||grad_v f||, what it is at q = 0; for at most so
+            many calls (minibatch noise may keep it above).
         penalty: ``"stationarity"``, ``"paper"`` (the published schedule), ``"value"`` (gradients
             only), ``"fixed_point"`` (the lower closure returns a map Phi(u, v)) or an object.
         curvature: ``"auto"``, ``"double_backward"``, ``"finite_difference"``, ``"functional"``
@@ -139,7 +140,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
         self._adjoint = self._dual.multiplier
-        self._counts = {"steps": 0, "gradient_evaluations": 0}
+        self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
         self._dependence_checked = False
         self._zeros_in_a_row = 0
 
@@ -181,7 +182,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             if not shared:
                 evaluation, norms = evaluate()
                 self._adjoint = self._merged(evaluation.adjoint)
-            self._move_upper(evaluation, norms, hold=self._counts["steps"] < self.warmup_steps)
+            self._move_upper(evaluation, norms, hold=self._warms_up(norms))
         return evaluation.upper_loss
 
     def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
@@ -262,6 +263,13 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self._dual.merged(advanced, moving)
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
+
+    def _warms_up(self, norms: Norms) -> bool:
+        """Is the hypergradient of this step still too rough for u to follow it?"""
+        ready = norms.adjoint_residual <= 0.5 * norms.slope
+        left = self._counts["warmup_left"]
+        self._counts["warmup_left"] = 0 if ready else max(left - 1, 0)
+        return left > 0 and not ready
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
         point = self._point().upper

@@ -144,14 +144,20 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([p.to(parts[0].device) for p in parts]))
 
 
+def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
+    """Inner product of each pair, 0-d, accumulated in at least float32."""
+    dtype = accumulation_dtype((*left, *right))
+    return tuple(
+        torch.dot(_flat(a).to(dtype), _flat(b).to(dtype)) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).reshape(-1)
+
+
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Inner product <left, right> of the whole tuples, 0-d, in at least float32."""
     if not left:
         return torch.zeros(())
-    dtype = accumulation_dtype((*left, *right))
-    home = left[0].device
-    parts = [
-        torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)).to(home)
-        for a, b in zip(left, right, strict=True)
-    ]
-    return torch.stack(parts).sum()
+    return torch.stack([part.to(left[0].device) for part in dots(left, right)]).sum()

@@ -15,6 +15,7 @@ from ..tensors import (
     Tensors,
     add,
     cast_like,
+    dots,
     filled,
     norms,
     sum_of_optional,
@@ -31,6 +32,7 @@ def evaluate_residual(
     product_cost: int,
     reduce: Reduce,
     lower_faces: FacesOf = everywhere,
+    multipliers: int = 0,
 ) -> Evaluation:
     """The adjoint q = nu + gamma r, a = grad_v f + (dr/dv)'q and grad_u f + (dr/du)'q.
 
@@ -43,6 +45,7 @@ def evaluate_residual(
         product_cost: gradient evaluations per product.
         reduce: averages over workers.
         lower_faces: of the set that v stays in; r, q and a lie in the span of the critical face.
+        multipliers: how many of the last tensors of v are multipliers, along which q ascends.
     """
     upper_loss, direct = upper
     full_residual = reduce(linearised.residual)
@@ -70,7 +73,15 @@ def evaluate_residual(
         probe_product=probe_product,
         cost=2 + product_cost * (2 if probe_product else 1),
         lower_face=face,
+        curvature_terms=_curvature(adjoint, product, multipliers),
     )
+
+
+def _curvature(adjoint: Tensors, product: Tensors, multipliers: int) -> Tensors:
+    """Terms of <q, H q>, or with multipliers of the monotone form, in which their sign is minus."""
+    terms = dots(adjoint, product)
+    end = len(terms) - multipliers
+    return terms[:end] + tuple(-t for t in terms[end:])
 
 
 def _reduced(

@@ -68,6 +68,14 @@ class Stationarity:
             linearised = linearised._replace(residual=other_residual)
         cost = curvature.product_cost
         evaluation = evaluate_residual(
-            self.rule, state, at, upper, linearised, cost, reduce, losses.lower_faces
+            self.rule,
+            state,
+            at,
+            upper,
+            linearised,
+            cost,
+            reduce,
+            losses.lower_faces,
+            len(losses.lower_values),
         )
         return evaluation._replace(cost=evaluation.cost + self.independent_batches)

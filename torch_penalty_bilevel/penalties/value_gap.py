@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature, Loss, VectorJacobian
-from ..dual import DualState
+from ..dual import DualState, MultiplierRule
 from ..errors import NondeterministicClosureError
 from ..evaluation import Evaluation, Norms
 from ..in_place import replaced
@@ -30,7 +30,7 @@ from ..tensors import (
 from .protocol import Losses, Reduce
 
 
-class ValueGap:
+class ValueGap(MultiplierRule):
     r"""Penalise the gap between g(u, v) and the least value of g (BOME, F2SA, V-PBGD).
 
     .. math::
@@ -182,12 +182,6 @@ class ValueGap:
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
         return state.multiplier
 
-    def probes(self, state: DualState) -> bool:
-        return False
-
-    def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
-        raise AssertionError("this rule asks for no probe")
-
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, DualState]:
@@ -230,9 +224,6 @@ class ValueGap:
             "slope_square": slope,
             "first_weight": first,
         }
-
-    def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
-        return state
 
 
 def _tracker(state: DualState, at: Pair) -> Tensors:

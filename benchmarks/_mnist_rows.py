@@ -1,0 +1,180 @@
+"""The problem of ``cleaning.py``: MNIST with wrong labels, the models and the simple rows."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pooch
+import requests
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+BATCH = 200
+# C of scikit-learn's softmax regression and epochs of the MLP's Adam, per row: good test accuracy
+# on seed 100 (linear: and 101), never on those reported. The validation set cannot tune them:
+# learned weights and filter have used it already. "learned" is tuned for the default optimizer.
+STRENGTH = {"none": 0.1, "all": 0.01, "filter": 0.3, "oracle": 0.1, "learned": 0.03}
+EPOCHS = {"none": 30, "all": 10, "filter": 20, "oracle": 30, "learned": 12}
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
+MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FILES = {  # the original files without "-ubyte.gz", SHA-256
+    "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+
+
+class Problem(NamedTuple):
+    """Images as rows of 784 numbers in [0, 1]; ``labels`` are given, ``truth`` is hidden."""
+
+    images: Tensor
+    labels: Tensor
+    truth: Tensor
+    clean_images: Tensor
+    clean_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    seed: int
+
+    @property
+    def is_right(self) -> Tensor:
+        """Which given labels are the true ones."""
+        return self.labels == self.truth
+
+
+def default_folder() -> Path:
+    """The folder of shared data beside the checkout where there is one, else a user cache."""
+    return BESIDE if BESIDE.is_dir() else Path(pooch.os_cache("torch_penalty_bilevel")) / "mnist"
+
+
+def load(folder: Path) -> tuple[Tensor, Tensor]:
+    """All 70,000 images and labels; files that ``folder`` lacks are downloaded into it.
+
+    Raises:
+        SystemExit: a file is neither there nor to be had; the message says what to put where.
+    """
+    hashes = {f"{name}-ubyte.gz": f"sha256:{value}" for name, value in FILES.items()}
+    store = pooch.create(folder, MIRROR, registry=hashes)
+    try:
+        paths = {name: store.fetch(f"{name}-ubyte.gz") for name in FILES}
+    except (requests.RequestException, OSError, ValueError) as error:
+        names = ", ".join(hashes)
+        raise SystemExit(
+            f"MNIST is not complete in {folder} and could not be downloaded from {MIRROR}\n"
+            f"({error})\nPut the original files there, or name their folder with --data: {names}"
+        ) from error
+
+    def values(name: str, header: int) -> np.ndarray:
+        with gzip.open(paths[name]) as file:
+            return np.frombuffer(file.read(), np.uint8, offset=header)
+
+    images = [values(name, 16) for name in FILES if "images" in name]
+    labels = [values(name, 8) for name in FILES if "labels" in name]
+    pixels = torch.from_numpy(np.concatenate(images).reshape(-1, 784)).float() / 255
+    return pixels, torch.from_numpy(np.concatenate(labels)).long()
+
+
+def make_problem(
+    data: tuple[Tensor, Tensor],
+    seed: int,
+    train: int = 5000,
+    clean: int = 1000,
+    noise: float = 0.5,
+) -> Problem:
+    """``train`` samples, a share ``noise`` of whose labels is drawn anew from all ten classes.
+
+    A tenth of those keeps its label by chance. Then ``clean`` validation samples; the rest is the
+    test set.
+    """
+    images, truth = data
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(truth), generator=generator)
+    first, second, rest = order[:train], order[train : train + clean], order[train + clean :]
+    redrawn = torch.randperm(train, generator=generator) < round(noise * train)
+    drawn = torch.randint(10, (train,), generator=generator)
+    labels = torch.where(redrawn, drawn, truth[first])
+    return Problem(
+        *(images[first], labels, truth[first], images[second], truth[second]),
+        *(images[rest], truth[rest], seed),
+    )
+
+
+def make_model(kind: str, seed: int) -> nn.Module:
+    """``linear`` (784-10) or ``mlp`` (784-300-10, ReLU)."""
+    torch.manual_seed(seed)
+    if kind == "linear":
+        return nn.Linear(784, 10)
+    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return (model(images).argmax(1) == labels).float().mean().item()
+
+
+def score(scores: Tensor, problem: Problem) -> dict[str, float]:
+    """How well scores in [0, 1] tell right labels from wrong; above one half says "right"."""
+    says, is_right = scores > 0.5, problem.is_right
+    right, wrong = says[is_right].float().mean().item(), (~says[~is_right]).float().mean().item()
+    return {
+        "told_right": (says == is_right).float().mean().item(),
+        "balanced": (right + wrong) / 2,
+        "auc": float(roc_auc_score(is_right, scores)),
+        "kept": says.float().mean().item(),
+    }
+
+
+def fit(kind: str, problem: Problem, kept: Tensor, row: str) -> nn.Module:
+    """How every row ends: a fresh model on ``kept`` (a mask) and the validation samples."""
+    images = torch.cat([problem.images[kept], problem.clean_images])
+    labels = torch.cat([problem.labels[kept], problem.clean_labels])
+    model = make_model(kind, problem.seed)
+    if kind == "linear":
+        found = LogisticRegression(C=STRENGTH[row], max_iter=500).fit(images, labels)
+        values = {"weight": torch.tensor(found.coef_), "bias": torch.tensor(found.intercept_)}
+        model.load_state_dict(values)
+        return model
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(problem.seed)
+    for _ in range(EPOCHS[row]):
+        for rows in torch.randperm(len(labels), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+    return model
+
+
+def baselines(kind: str, problem: Problem) -> dict[str, dict[str, float]]:
+    """Test accuracy and scores of the rows that learn no weights."""
+
+    def agreement(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(problem.images).argmax(1) == problem.labels
+
+    def probability(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(problem.images).softmax(1).gather(1, problem.labels[:, None])[:, 0]
+
+    none = torch.zeros(len(problem.labels), dtype=torch.bool)
+    alone, noisy = fit(kind, problem, none, "none"), fit(kind, problem, ~none, "all")
+    agrees = agreement(alone)
+    filtered = fit(kind, problem, agrees, "filter")
+    best = fit(kind, problem, problem.is_right, "oracle")
+    told = {
+        "validation only": (alone, probability(alone)),
+        "noisy + validation": (noisy, probability(noisy)),
+        "agreement filter": (filtered, agrees.float()),
+        "oracle": (best, problem.is_right.float()),
+    }
+    return {
+        name: {"retrained": accuracy(model, problem.test_images, problem.test_labels)}
+        | score(scores, problem)
+        for name, (model, scores) in told.items()
+    }

@@ -1,0 +1,30 @@
+"""How the multiplier, the penalty weight and the damping move: two rules behind one protocol.
+
+A rule is a set of constants; what changes lives in a ``DualState`` that goes in and comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..choices import chosen
+from ..dual import MultiplierRule
+from .epsilon_test import EpsilonTest
+from .least_squares import LeastSquares
+
+__all__ = ["EpsilonTest", "LeastSquares", "resolve"]
+
+_BY_NAME: dict[str, Callable[[], MultiplierRule]] = {
+    "least_squares": LeastSquares,
+    "paper": EpsilonTest,
+}
+
+
+def resolve(multiplier: str | MultiplierRule) -> MultiplierRule:
+    """The rule behind a name, or the rule itself.
+
+    Raises:
+        ValueError: no rule has this name.
+        TypeError: not a rule.
+    """
+    return chosen("multiplier", multiplier, _BY_NAME, "lower_update", "LeastSquares()")

@@ -1,0 +1,100 @@
+"""The published schedule of multiplier, penalty weight and damping.
+
+Letters: r = grad_v g the residual, nu the multiplier, gamma the penalty weight, lambda the damping,
+q = nu + gamma r the adjoint estimate, H = d2g/dv2, a = grad_v f + H q the adjoint residual.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..dual import DualState, MultiplierRule
+from ..evaluation import Evaluation, Norms
+from ..tensors import Tensors, axpy, norm, zeros_for
+
+
+class EpsilonTest(MultiplierRule):
+    r"""The published schedule: advance only when both gradients are small (preset ``"paper"``).
+
+    .. math:: \lVert\nabla_u F\rVert^2 + \lVert\nabla_v F_{low}\rVert^2 < \epsilon^2
+              \;\Rightarrow\; \nu \mathrel{+}= \gamma r,\;
+              \gamma \mathrel{*}= c_\gamma,\; \lambda \mathrel{*}= c,\; \epsilon \mathrel{*}= c
+
+    Source: Mehra & Hamm (ACML 2021) and its reference implementation, whose constants are the
+    defaults. Differs from that implementation:
+
+    - it compares the sum of the *fourth* powers of the norms with eps^2; here squares, as written
+      above (for eps < 1 its test fires much earlier);
+    - it advances nu with the already grown gamma; here with the gamma that produced r;
+    - it evaluates the test afresh after the upper step; here with the gradients the upper step
+      used, which saves one evaluation per step;
+    - it also decays both learning rates on an advance; use a ``torch.optim.lr_scheduler``;
+    - nu starts at zero (there: at zero or at a small constant, by experiment).
+
+    r and its product share a minibatch, so E||r_B||^2 = ||r||^2 + tr(Sigma)/B biases the upper
+    gradient when the closures draw batches; with full batches there is no bias.
+
+    Args:
+        weight: initial gamma, multiplies ||r||^2 / 2; > 0.
+        damping: initial lambda, multiplies g in the lower level only; >= 0.
+        tolerance: initial epsilon, a bound on the joint gradient norm (not squared); > 0.
+        growth: factor on gamma at an advance; >= 1.
+        decay: factor on lambda and epsilon at an advance; in (0, 1].
+    """
+
+    shares_evaluation = False
+
+    def __init__(
+        self,
+        weight: float = 1e-2,
+        damping: float = 1e-2,
+        tolerance: float = 1e-2,
+        growth: float = 1.1,
+        decay: float = 0.9,
+    ) -> None:
+        if not weight > 0:
+            raise ValueError(f"weight must be > 0, got {weight}; without it nothing penalises r")
+        if not damping >= 0:
+            raise ValueError(f"damping must be >= 0, got {damping}")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be > 0, got {tolerance}; the multiplier never moves")
+        if not growth >= 1:
+            raise ValueError(f"growth must be >= 1, got {growth}; the weight may not shrink")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {decay}")
+        self.weight = weight
+        self.damping = damping
+        self.tolerance = tolerance
+        self.growth = growth
+        self.decay = decay
+
+    def start(self, lower: Tensors) -> DualState:
+        scalars = {"weight": self.weight, "damping": self.damping, "tolerance": self.tolerance}
+        return DualState(zeros_for(lower), (), scalars, 0)
+
+    def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
+        return axpy(state.scalars["weight"], residual, state.multiplier)
+
+    def lower_update(
+        self, state: DualState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, DualState]:
+        return self._lower_direction(state, evaluation), state._replace(steps=state.steps + 1)
+
+    def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
+        lower_grad = float(norm(self._lower_direction(state, evaluation)))
+        if not math.hypot(norms.upper_grad, lower_grad) < state.scalars["tolerance"]:
+            return state
+        old = state.scalars
+        return state._replace(
+            multiplier=axpy(old["weight"], evaluation.residual, state.multiplier),
+            scalars={
+                "weight": old["weight"] * self.growth,
+                "damping": old["damping"] * self.decay,
+                "tolerance": old["tolerance"] * self.decay,
+            },
+        )
+
+    @staticmethod
+    def _lower_direction(state: DualState, evaluation: Evaluation) -> Tensors:
+        """grad_v F_low = a + lambda r."""
+        return axpy(state.scalars["damping"], evaluation.residual, evaluation.adjoint_residual)
