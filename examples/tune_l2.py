@@ -10,8 +10,9 @@ u holds the log L2 weight of each of d features, v the coefficients (d x k class
     f(v)    = cross entropy of the validation rows
 
 Data: 20 Newsgroups as TF-IDF (train and validation: 2,000 each of the training posts; test: the
-7,532 later posts), or a UCI table whose target is above its median or not (thirds). u starts at 0,
-v at 0; u stays between -4 and the weight at which the L2 term curves as much as the cross entropy can.
+7,532 later posts), or a UCI table whose target is above its median or not (thirds). u starts at
+0, v at 0; u stays between -4 and the weight at which the L2 term curves as much as the cross
+entropy can.
 
 Every method has the same budget of gradients and second-order products, and the same three knobs:
 Adam's learning rates of both levels and T, the lower steps per upper step (also the products of

@@ -73,7 +73,7 @@ class LeastSquaresTwin:
             self.C = 0.9 * self.C + 0.1 * float(self.nu @ Hnu)
             self.N = 0.9 * self.N + 0.1 * float(self.nu @ self.nu)
             self.kappa = max(0.99 * self.kappa, -self.C / self.N if self.N > 0 else 0.0)
-            mu = self.ridge * self.L + self.kappa
+            mu = self.ridge * self.L + 2 * self.kappa
             self.nu = self.nu - (a + mu * self.nu) / (self.L + mu)
             self.k += 1
         self.u = self.upper(self.u, self.upper_grad)

@@ -59,8 +59,8 @@ def test_guard_and_pull_equal_their_twin(f, g, steps, active):
 
 
 def test_negative_curvature_does_not_blow_the_multiplier_up():
-    """At a saddle of g nu grows at most linearly, not by 1 + |h| / L per step; afterwards it
-    solves the adjoint equation as if nothing had been."""
+    """At a saddle of g nu does not grow by 1 + |h| / L per step; it solves a damped equation, and
+    afterwards the adjoint equation as if nothing had been."""
     hollow = True
     u, v = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.0)
@@ -72,10 +72,9 @@ def test_negative_curvature_does_not_blow_the_multiplier_up():
         h = STIFF_AND_HOLLOW if hollow else STIFF_AND_HOLLOW.abs()
         return 0.5 * (h * v * v).sum() + (u * v).sum()
 
-    with pytest.warns(BilevelWarning, match="not to be trusted"):
-        settle(optimizer, f, g, 200)
+    settle(optimizer, f, g, 200)
     assert 1.5**200 > 1e35  # what it would be
-    assert float(optimizer.adjoint[0].norm()) < 200.0
+    assert float(optimizer.adjoint[0].norm()) < 3.0
     hollow = False
     settle(optimizer, f, g, 3000)
     exact = -1.0 / STIFF_AND_HOLLOW.abs()

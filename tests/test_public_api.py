@@ -111,6 +111,8 @@ def test_minimize_signature():
         "lower_constraint": None,
         "tolerance": 1e-8,
         "max_evaluations": 20000,
+        "restarts": 0,
+        "seed": 0,
         "callback": None,
     }
 
@@ -121,6 +123,7 @@ LAYERS = {
     "choices": set(),
     "testing": set(),
     "tensors": set(),
+    "pytrees": set(),
     "randomness": set(),
     "buffers": set(),
     "graph": set(),
@@ -182,6 +185,7 @@ LAYERS = {
         "hypergradients",
         "linear_solve",
         "penalties",
+        "pytrees",
         "tensors",
     },
     "implicit": {"curvature", "linear_solve", "penalties", "tensors"},
@@ -202,7 +206,7 @@ LAYERS = {
         "report",
         "tensors",
     },
-    "solve": {"curvature", "errors", "graph", "linear_solve"},
+    "solve": {"constraints", "curvature", "errors", "graph", "linear_solve", "pytrees"},
     "optimizer": {
         "borrowed",
         "buffers",

@@ -56,19 +56,6 @@ class TwoLevelOptimizer(Optimizer):
     def _rules(self) -> dict[str, Optimizer]:
         return {"upper": self.upper, "lower": self.lower}
 
-    def _devices(self) -> list[torch.device]:
-        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
-
-    def _point(self) -> Pair:
-        """The parameters that move, as they are now."""
-        upper = [p for p in levels.parameters(self.upper) if p.requires_grad]
-        lower = [p for p in levels.parameters(self.lower) if p.requires_grad]
-        return Pair(tuple(upper), tuple(lower))
-
-    def _moving_upper_names(self) -> list[str]:
-        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
-        return [name for name, p in named if p.requires_grad]
-
     # torch.optim.Optimizer keeps these two as plain attributes; here they are views.
 
     @property

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .curvature import VectorJacobian
 from .errors import BilevelWarning
@@ -19,10 +18,9 @@ from .hypergradients import HypergradientInfo as HypergradientInfo
 from .hypergradients import Options, Problem, check_method, check_options, pure_hypergradient
 from .linear_solve import MakeOptimizer
 from .penalties import Losses
+from .pytrees import Structure, Tree
 from .tensors import OptionalPair, Pair, Tensors, cast_like, filled
 
-Tree: TypeAlias = Any
-"""Any pytree of tensors."""
 U = TypeVar("U")
 V = TypeVar("V")
 PureLoss: TypeAlias = Callable[[U, V], Tensor]
@@ -86,14 +84,15 @@ def penalty_gradient(
     adjoint = tuple(weight * r for r in residual)
     if multiplier is not None:
         adjoint = tuple(
-            m + q for m, q in zip(flat.lower_leaves(multiplier, "multiplier"), adjoint, strict=True)
+            m + q
+            for m, q in zip(flat.lower.leaves_of("multiplier", multiplier), adjoint, strict=True)
         )
     upper_grad, lower_slope = _sum(direct, linearised.product(adjoint), flat.at)
     lower_grad = tuple(a + damping * r for a, r in zip(lower_slope, residual, strict=True))
     return PenaltyGradient(
-        flat.as_upper(upper_grad),
-        flat.as_lower(lower_grad),
-        flat.as_lower(residual),
+        flat.upper.tree(upper_grad),
+        flat.lower.tree(lower_grad),
+        flat.lower.tree(residual),
         f,
         linearised.loss,
     )
@@ -193,7 +192,7 @@ def hypergradient(
         tolerance=tolerance,
         max_iterations=max_iterations,
         damping=damping,
-        start=None if start is None else tuple(flat.lower_leaves(start, "start")),
+        start=None if start is None else tuple(flat.lower.leaves_of("start", start)),
         step_size=step_size,
         lower_steps=lower_steps,
         truncation=truncation,
@@ -208,8 +207,8 @@ def hypergradient(
     if not info.converged and method not in ("one_step", "alternating"):
         warnings.warn(f"hypergradient: {info.message}", BilevelWarning, stacklevel=2)
     if info.adjoint is not None:
-        info = info._replace(adjoint=flat.as_lower(cast_like(info.adjoint, at.lower)))
-    return flat.as_upper(cast_like(total, at.upper)), info
+        info = info._replace(adjoint=flat.lower.tree(cast_like(info.adjoint, at.lower)))
+    return flat.upper.tree(cast_like(total, at.upper)), info
 
 
 def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
@@ -220,38 +219,19 @@ def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
 
 
 class _Flat:
-    """Both levels as tuples of tensors, and the way back to the user's pytrees."""
+    """Both levels as tuples of tensors, and losses of tuples."""
 
     def __init__(
         self, upper_loss: Any, lower: Any, u: Tree, v: Tree, *, lower_is_map: bool = False
     ) -> None:
-        leaves_u, spec_u = pytree.tree_flatten(u)
-        leaves_v, spec_v = pytree.tree_flatten(v)
-        self.at = Pair(tuple(leaves_u), tuple(leaves_v))
-        self._specs = spec_u, spec_v
+        self.upper, self.lower = Structure("upper", u), Structure("lower", v)
+        self.at = Pair(tuple(self.upper.leaves), tuple(self.lower.leaves))
         self.upper_loss = self._flattened(upper_loss)
         phi = self._flattened(lower)
         self.lower_loss: Any = phi
         if lower_is_map:
-            self.lower_loss = lambda u, v: tuple(self.lower_leaves(phi(u, v), "Phi(upper, lower)"))
+            name = "Phi(upper, lower)"
+            self.lower_loss = lambda u, v: tuple(self.lower.leaves_of(name, phi(u, v)))
 
     def _flattened(self, loss: Any) -> Callable[[Tensors, Tensors], Any]:
-        return lambda u, v: loss(self.as_upper(u), self.as_lower(v))
-
-    def as_upper(self, leaves: Any) -> Any:
-        return pytree.tree_unflatten(list(leaves), self._specs[0])
-
-    def as_lower(self, leaves: Any) -> Any:
-        return pytree.tree_unflatten(list(leaves), self._specs[1])
-
-    def lower_leaves(self, tree: Tree, name: str) -> list[Tensor]:
-        leaves, spec = pytree.tree_flatten(tree)
-        if spec != self._specs[1]:
-            raise ValueError(f"{name} has structure {spec}, lower has {self._specs[1]}")
-        for leaf, like in zip(leaves, self.at.lower, strict=True):
-            if leaf.shape != like.shape:
-                raise ValueError(
-                    f"a tensor of {name} has shape {tuple(leaf.shape)}, the lower one it belongs "
-                    f"to {tuple(like.shape)}"
-                )
-        return leaves
+        return lambda u, v: loss(self.upper.tree(u), self.lower.tree(v))

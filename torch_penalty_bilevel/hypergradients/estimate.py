@@ -129,6 +129,6 @@ def _judged(
 ) -> Solution:
     """``adjoint`` as the solution it is, with residual ``error``."""
     size, bound = float(norm(error)), tolerance * float(norm(slope))
-    converged = size <= bound
+    converged = size <= bound < math.inf  # of infinite norms nothing is known
     message = f"||A q + grad_v f|| = {size:.1e} > {bound:.1e}; {remedy}"
     return Solution(adjoint, products, size, converged, "converged" if converged else message)

@@ -136,7 +136,7 @@ def least_squares(
     if not math.isfinite(error):
         return broken(right, products, "least squares met a product that is not finite")
     # The recursion drifts from the definition by rounding: ten times the bound is still believed.
-    converged = error <= 10 * goal
+    converged = error <= 10 * goal < math.inf
     message = (
         "converged"
         if converged

@@ -65,10 +65,10 @@ def ended(
         remedy: what to do about divergence.
     """
     error, size = float(norm(residual)), float(norm(right))
-    if error <= tolerance * size:
+    if error <= tolerance * size < math.inf:
         return Solution(value, products, error, True, "converged")
     # The slack is for the rounding of x = 0 itself.
-    if not error <= max(worst * size, first) * (1 + 1e-6):
+    if not error <= max(worst * size, first) * (1 + 1e-6) < math.inf:
         message = f"diverged: ||b - A x|| = {error:.1e} after {products} products, worse than x = 0"
         return broken(right, products, f"{message}; {remedy}")
     return Solution(value, products, error, False, stopped(products, error, tolerance))

@@ -37,9 +37,9 @@ class LeastSquares(MultiplierRule):
     once v is at a minimiser of g, r no longer says how far the upper loss has still to carry it
     along the set of minimisers.
 
-    mu = ridge * L + kappa, kappa the most negative curvature <nu, H nu> / ||nu||^2 seen lately,
-    as a positive number: along it nu would grow without bound. At a minimiser of g there is none
-    and kappa fades.
+    mu = ridge * L + 2 kappa, kappa the most negative curvature <nu, H nu> / ||nu||^2 seen lately,
+    as a positive number: along it nu would grow without bound, while H + 2 kappa I is as far above
+    zero as H is below. At a minimiser of g there is none and kappa fades.
 
     The certificate ||a|| is watched: at nu = 0 it is ||grad_v f||. A multiplier far worse than
     that is reported, and one that is hopeless restarts from zero (``BilevelWarning``).
@@ -118,7 +118,7 @@ class LeastSquares(MultiplierRule):
         direction = axpy(
             pull, evaluation.adjoint_residual, scale(evaluation.residual, self.damping)
         )
-        shift = self.ridge * scalars["curvature"] + scalars["indefinite"]
+        shift = self.ridge * scalars["curvature"] + 2.0 * scalars["indefinite"]
         step = _ratio(1.0, scalars["curvature"] + shift)
         multiplier = axpy(
             -step, evaluation.adjoint_residual, scale(state.multiplier, 1.0 - shift * step)

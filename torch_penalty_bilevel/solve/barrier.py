@@ -1,13 +1,14 @@
 r"""Constraints of ``minimize``: a relaxed logarithmic barrier on each level, followed to zero.
 
 .. math::
-    \ell_\tau = \ell + \tau \sum_i \beta(-h_i), \qquad
-    \beta(z) = -\log z \;\text{ for } z > \delta, \quad
-    \tfrac12\bigl((z/\delta - 2)^2 - 1\bigr) - \log\delta \;\text{ below}, \quad \delta = \tau / 100
+    \ell_\tau = \ell + \tau S_\ell \sum_i \beta(-h_i), \qquad
+    \beta(s) = -\log s \;\text{ for } s > \delta, \quad
+    \tfrac12\bigl((s/\delta - 2)^2 - 1\bigr) - \log\delta \;\text{ below}, \quad \delta = \tau / 100
 
-for l = f or g, h <= 0 elementwise, tau = 1, 0.1, ..., tolerance. The parabola lets iterates start
-and stray outside. At tau the multipliers are tau / z, so an active bound is missed by
-z = tau / multiplier and a bound with a zero multiplier by about sqrt(tau).
+for l = f or g, h <= 0 elementwise, tau = 0.1, 0.01, ..., tolerance. The parabola lets iterates
+start and stray outside. S is the loss's scale (``Losses.scales``), so that c f has the path of f.
+At tau the multipliers over S are tau / s, so an active bound is missed by s = tau / multiplier and
+a bound with a zero multiplier by about sqrt(tau); ``active_set`` makes up for that.
 
 A simplex is parametrised by x = 1/n + N z with N an orthonormal basis of the vectors that sum to
 zero, so that its equation always holds.
@@ -17,16 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .losses import Losses, PureLoss
-
-Values: TypeAlias = Callable[[Any, Any], Tensor]
-Path: TypeAlias = list[tuple[Tensor, Tensor]]
+from .losses import PureLoss, Values
 
 
 class Restriction:
@@ -39,8 +37,7 @@ class Restriction:
     """
 
     def __init__(self, name: str, constraints: Any, index: int) -> None:
-        several = isinstance(constraints, Sequence)
-        found: Any = constraints if several else [] if constraints is None else [constraints]
+        found = as_list(constraints)
         self._simplex = any(type(c).__name__ == "Simplex" for c in found)
         self._parts = [_values(name, c, index) for c in found]
 
@@ -62,6 +59,13 @@ class Restriction:
     def direction(self, tree: Any) -> Any:
         """A vector of the free space in the user's."""
         return pytree.tree_map(lambda z: z @ _basis(z, 1).T, tree) if self._simplex else tree
+
+
+def as_list(constraints: Any) -> list[Any]:
+    """None, one constraint or several, as a list."""
+    if constraints is None:
+        return []
+    return list(constraints) if isinstance(constraints, Sequence) else [constraints]
 
 
 def _values(name: str, constraint: Any, index: int) -> Values:
@@ -114,7 +118,7 @@ def substituted(function: Any, upper: Restriction, lower: Restriction) -> Any:
     return lambda u, v: function(upper.inside(u), lower.inside(v))
 
 
-def barrier(loss: PureLoss, restriction: Restriction, tau: float) -> PureLoss:
+def barrier(loss: PureLoss, restriction: Restriction, tau: float, scale: float = 1.0) -> PureLoss:
     """l_tau, on the user's variables."""
     if not restriction:
         return loss
@@ -124,34 +128,40 @@ def barrier(loss: PureLoss, restriction: Restriction, tau: float) -> PureLoss:
         z = -restriction.values(u, v)
         far = -torch.log(z.clamp_min(delta))
         near = ((z / delta - 2).square() - 1) / 2 - math.log(delta)
-        return loss(u, v) + tau * torch.where(z > delta, far, near).sum()
+        return loss(u, v) + scale * tau * torch.where(z > delta, far, near).sum()
 
     return barred
 
 
-def judged(
-    losses: Losses, u: Tensor, v: Tensor, values: Sequence[Values], tau: float
-) -> str | None:
+def estimates(slack: Tensor, tau: float) -> Tensor:
+    """The multipliers over S that the barrier stands for: -tau beta'(slack)."""
+    delta = 1e-2 * tau
+    return torch.where(slack > delta, tau / slack, 1e2 * (2 - slack / delta))
+
+
+class Milestone(NamedTuple):
+    """Where the path stood at a weight."""
+
+    u: Tensor
+    v: Tensor
+    slack: Tensor
+    """-(h_U, h_L)."""
+
+
+def judged(slack: Tensor, tau: float) -> str | None:
     """What the barrier did not resolve: a constraint violated, or neither active nor inactive.
 
-    The latter: both z and the multiplier tau / z are small, but far from tau.
+    The latter: both the slack s and the multiplier tau / s are small, but far from tau.
     """
-    trees = losses.upper_level.tree(u), losses.lower_level.tree(v)
-    z = torch.cat([u.new_zeros(0), *(-h(*trees).detach().to(u) for h in values)])
-    if bool((z < -1e2 * tau).any()):
+    if bool((slack < -1e2 * tau).any()):
         return "infeasible"
-    return "weakly_active" if bool((torch.minimum(z, tau / z) > 1e2 * tau).any()) else None
+    return "weakly_active" if bool((torch.minimum(slack, tau / slack) > 1e2 * tau).any()) else None
 
 
-def along_the_path(losses: Losses, path: Path, values: Sequence[Values]) -> tuple[Tensor, Tensor]:
+def ahead(before: Milestone, now: Milestone) -> tuple[Tensor, Tensor]:
     """The start at tau / 10 from the solutions at 10 tau and tau: x + (x - x_before) / 10.
 
     The central path is smooth in tau, so this leaves an error of order tau^2, against tau without
     it; it is used where it keeps every h < 0 (Fiacco & McCormick, 1968).
     """
-    if len(path) < 2:
-        return path[-1]
-    (u_before, v_before), (u, v) = path[-2:]
-    u, v = u + (u - u_before) / 10, v + (v - v_before) / 10
-    trees = losses.upper_level.tree(u), losses.lower_level.tree(v)
-    return (u, v) if all(bool((h(*trees) < 0).all()) for h in values) else path[-1]
+    return now.u + (now.u - before.u) / 10, now.v + (now.v - before.v) / 10

@@ -11,22 +11,23 @@ three times, the gradient of L or a product with its Hessian, counts two.
 from __future__ import annotations
 
 import contextlib
-import warnings
+import math
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import graph
 from ..curvature.double_backward import explained
 from ..errors import DoubleBackwardError, NonFiniteError, UnusedParameterError
+from ..pytrees import Structure
+from .derivatives import gradient, jacobian, variable
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
+Values: TypeAlias = Callable[[Any, Any], Tensor]
 Joint: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 PureLoss: TypeAlias = Callable[[Any, Any], Tensor]
-CHUNK = 128  # rows of H formed at once
 
 
 class Exhausted(Exception):
@@ -55,12 +56,11 @@ class Level:
     """One level's pytree as a flat float64 vector, and the way back."""
 
     def __init__(self, name: str, tree: Any) -> None:
-        found, self.spec = pytree.tree_flatten_with_path(tree)
-        self.names = [name + pytree.keystr(path) for path, _ in found]
-        self.leaves: list[Tensor] = [leaf for _, leaf in found]
-        if not found:
+        self.structure = Structure(name, tree)
+        self.leaves = self.structure.leaves
+        if not self.leaves:
             raise ValueError(f"{name} is empty; give a pytree with at least one tensor")
-        for label, leaf in zip(self.names, self.leaves, strict=True):
+        for label, leaf in zip(self.structure.names, self.leaves, strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():  # pyright: ignore
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__  # pyright: ignore
                 raise TypeError(f"{label} must be a floating-point tensor, got {kind}")
@@ -81,7 +81,7 @@ class Level:
             part.reshape(like.shape).to(like.device, like.dtype)
             for part, like in zip(parts, self.leaves, strict=True)
         ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return self.structure.tree(leaves)
 
 
 class Losses:
@@ -121,36 +121,36 @@ class Losses:
     def upper(self, u: Tensor, v: Tensor) -> UpperModel:
         """The upper loss with its gradient; values that are not finite pass through."""
         self.spend()
-        with _differentiating("upper"):
-            u, v = _variable(u), _variable(v)
+        with differentiating("upper"):
+            u, v = variable(u), variable(v)
             f = self._value("upper_loss", self._f, u, v)
-            return UpperModel(float(f.detach()), *_grad(f, (u, v)))
+            return UpperModel(float(f.detach()), *gradient(f, (u, v)))
 
     def lower(self, u: Tensor, v: Tensor) -> LowerModel:
         """The lower loss and its products; g and r that are not finite pass, products do not."""
         self.spend()
-        with _differentiating("lower"):
-            u, v = _variable(u), _variable(v)
+        with differentiating("lower"):
+            u, v = variable(u), variable(v)
             g = self._value("lower_loss", self._g, u, v)
-            g_u, r = _grad(g, (u, v), create_graph=True)
+            g_u, r = gradient(g, (u, v), create_graph=True)
 
         def hessian(y: Tensor) -> Tensor:
             self.spend()
-            with _differentiating("lower"):
-                (Hy,) = _grad(r, (v,), y, retain_graph=True)
+            with differentiating("lower"):
+                (Hy,) = gradient(r, (v,), y, retain_graph=True)
             return require_finite("a product with the Hessian of the lower loss", Hy)
 
         def joint(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             self.spend()
-            with _differentiating("lower"):
-                out_u, out_v = _grad(g_u @ p + r @ y, (u, v), retain_graph=True)
+            with differentiating("lower"):
+                out_u, out_v = gradient(g_u @ p + r @ y, (u, v), retain_graph=True)
             require_finite("a product with the Hessian of the lower loss", out_u, out_v)
             return out_u, out_v
 
         def matrices() -> tuple[Tensor, Tensor]:
             self.spend(v.numel())
-            with _differentiating("lower"):
-                J, H = _jacobian(r, u, v)
+            with differentiating("lower"):
+                J, H = jacobian(r, (u, v))
             require_finite("the Hessian of the lower loss", H, J)
             return (H + H.T) / 2, J.T
 
@@ -159,27 +159,48 @@ class Losses:
     def lagrangian(self, u: Tensor, v: Tensor, q: Tensor) -> Joint:
         """(p, y) -> the Hessian of L = f + <q, r> times (p, y)."""
         self.spend(2)
-        with _differentiating("lower"):
-            u, v = _variable(u), _variable(v)
+        with differentiating("lower"):
+            u, v = variable(u), variable(v)
             f = self._value("upper_loss", self._f, u, v)
             g = self._value("lower_loss", self._g, u, v)
-            (r,) = _grad(g, (v,), create_graph=True)
-            L_u, L_v = _grad(f + r @ q, (u, v), create_graph=True)
+            (r,) = gradient(g, (v,), create_graph=True)
+            L_u, L_v = gradient(f + r @ q, (u, v), create_graph=True)
 
         def product(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             self.spend(2)
-            with _differentiating("lower"):
-                out_u, out_v = _grad(L_u @ p + L_v @ y, (u, v), retain_graph=True)
+            with differentiating("lower"):
+                out_u, out_v = gradient(L_u @ p + L_v @ y, (u, v), retain_graph=True)
             require_finite("a product with the Hessian of the Lagrangian", out_u, out_v)
             return out_u, out_v
 
         return product
 
+    def values(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Both losses as parts of an autograd graph; not counted."""
+        return self._value("upper_loss", self._f, u, v), self._value("lower_loss", self._g, u, v)
+
+    def scales(self, u: Tensor, v: Tensor) -> tuple[float, float]:
+        """How much f and g change over a distance of 1 + ||u|| and 1 + ||v||, by two derivatives.
+
+        Homogeneous: c f has c times the scale of f, so what is relative to the scales does not
+        notice c. 1 where both derivatives vanish.
+        """
+        unit = 1 + float(u.norm()), 1 + float(v.norm())
+        along = [
+            s / math.sqrt(x.numel()) * torch.ones_like(x) for s, x in zip(unit, (u, v), strict=True)
+        ]
+        upper, lower = self.upper(u, v), self.lower(u, v)
+        f_uu, f_vv = self.lagrangian(u, v, torch.zeros_like(v))(*along)
+        slope = upper.upper_grad.norm() * unit[0] + upper.lower_grad.norm() * unit[1]
+        f = float(slope + f_uu.norm() * unit[0] + f_vv.norm() * unit[1])
+        g = float(lower.residual.norm() + lower.joint(*along)[1].norm()) * unit[1]
+        return f or 1.0, g or 1.0
+
     def check_dependence(self) -> None:
         """Raise if an upper tensor enters neither f nor r, or second derivatives are wrong."""
-        with _differentiating("lower"):
+        with differentiating("lower"):
             leaves = [t.detach().clone().requires_grad_() for t in self.upper_level.leaves]
-            tree, v = pytree.tree_unflatten(leaves, self.upper_level.spec), _variable(self.v)
+            tree, v = self.upper_level.structure.tree(leaves), variable(self.v)
             f = self._f(tree, self.lower_level.tree(v))
             g = self._g(tree, self.lower_level.tree(v))
             for loss, value in (("upper", f), ("lower", g)):
@@ -188,9 +209,9 @@ class Losses:
                         f"autograd's second derivative of {culprit} in the {loss} loss is silently "
                         "wrong; write it with elementary operations"
                     )
-            (r,) = _grad(g, (v,), create_graph=True)
+            (r,) = gradient(g, (v,), create_graph=True)
             direct, through = _reached(f, leaves), _reached(r, leaves)
-        for name, a, b in zip(self.upper_level.names, direct, through, strict=True):
+        for name, a, b in zip(self.upper_level.structure.names, direct, through, strict=True):
             if not (a or b):
                 raise UnusedParameterError(
                     f"neither the upper loss nor the gradient of the lower one depends on {name}; "
@@ -213,7 +234,8 @@ def require_finite(label: str, *tensors: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _differentiating(loss: str) -> Generator[None]:
+def differentiating(loss: str) -> Generator[None]:
+    """Explains what autograd cannot do."""
     try:
         with torch.enable_grad(), explained():
             yield
@@ -225,39 +247,6 @@ def _differentiating(loss: str) -> Generator[None]:
             f"autograd cannot do here ({loss} loss): {error.__cause__}; write the loss with "
             "elementary operations, or use PenaltyBilevelOptimizer"
         ) from error.__cause__
-
-
-def _variable(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
-def _grad(out: Tensor, of: tuple[Tensor, ...], cotangent: Tensor | None = None, **how: Any) -> Any:
-    if not out.requires_grad:
-        return tuple(torch.zeros_like(t) for t in of)
-    grads: Any = torch.autograd.grad(out, of, cotangent, allow_unused=True, **how)
-    return tuple(torch.zeros_like(t) if d is None else d for d, t in zip(grads, of, strict=True))
-
-
-def _jacobian(r: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows d r_i / d (u, v): in batches, or one by one where torch cannot batch."""
-    n = v.numel()
-    rows = torch.eye(n, dtype=v.dtype, device=v.device)
-    if not r.requires_grad:
-        return rows.new_zeros(n, u.numel()), rows.new_zeros(n, n)
-    parts: list[tuple[Tensor, Tensor]] = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns where its batching is slow
-            for chunk in rows.split(CHUNK):
-                a, b = _grad(r, (u, v), chunk, retain_graph=True, is_grads_batched=True)
-                # What does not depend on r comes back unbatched.
-                parts.append((a.expand(len(chunk), -1), b.expand(len(chunk), -1)))
-    except RuntimeError:
-        parts = []
-        for row in rows:
-            a, b = _grad(r, (u, v), row, retain_graph=True)
-            parts.append((a[None], b[None]))
-    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
 def _reached(out: Tensor, leaves: list[Tensor]) -> list[bool]:

@@ -150,28 +150,3 @@ def attempt(losses: Losses, at: Point, move: Move, tolerance: float) -> Trial:
     better = ratio > 0.05 or float(new.gradient.norm()) < float(at.gradient.norm())
     accepted = better and is_minimiser(new.H, losses.eps)
     return Trial(new if accepted else None, ratio, low.slow, value)
-
-
-def other_minimiser(losses: Losses, at: Point, starts: int = 8) -> str | None:
-    """What descents on g(u, .) from random starts say of v: g lower elsewhere, or f at the same g?
-
-    None is no proof: the starts are few, at most 100 evaluations each, and at distances of about
-    1 + ||v|| and then three times that.
-    """
-    generator, v, g = torch.Generator().manual_seed(0), at.low.v, at.low.model.value
-    unit, verdict = 1 + float(v.norm()), None
-    near = max(1e-6, 100 * losses.eps) * (1 + abs(g))
-    for i in range(starts):
-        away = torch.randn(v.numel(), dtype=torch.float64, generator=generator).to(v)
-        start = v + (1 if i < 4 else 3) * unit / math.sqrt(v.numel()) * away
-        if not math.isfinite(losses.lower(at.u, start).value):
-            continue
-        found = descend(losses, at.u, start, tolerance=1e-5, budget=100)
-        gain = g - found.model.value
-        if gain > near:
-            return "lower_not_global"
-        apart = float((found.v - v).norm()) > 0.05 * unit
-        if found.converged and apart and gain > -near:
-            f = losses.upper(at.u, found.v).value
-            verdict = "lower_tie" if f < at.f - 1e-6 * (1 + abs(at.f)) else verdict
-    return verdict

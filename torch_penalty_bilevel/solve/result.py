@@ -31,9 +31,9 @@ MESSAGES = {
         "or smooth the losses"
     ),
     "weakly_active": (
-        "converged, but a constraint is nearly active with a multiplier near zero, as where a "
-        "solution sits on a kink: the barrier leaves an error up to about sqrt(tolerance) there; "
-        "lower tolerance, or drop the constraint if it is not needed"
+        "converged, but a constraint is nearly active with a multiplier near zero, and no active "
+        "set near the end of the barrier's path meets the optimality conditions: the error is up "
+        "to about sqrt(tolerance); lower tolerance, or drop the constraint if it is not needed"
     ),
     "infeasible": (
         "a constraint stays violated: no feasible point was found near the path, or upper "
@@ -50,8 +50,9 @@ MESSAGES = {
 class MinimizeResult:
     """A bilevel solution and its certificate.
 
-    With constraints the norms are those of the barrier problem, whose multipliers are those of the
-    constraints; the losses are without the barrier.
+    With constraints the norms are those of the optimality conditions at the active set found,
+    multipliers of the constraints included; of the barrier problem, where none was found
+    (never "converged" on a kink). The losses are without the barrier.
 
     Attributes:
         upper: u, structured like the start.
@@ -69,6 +70,7 @@ class MinimizeResult:
             "weakly_active", "infeasible", "budget", "stalled", "unbounded" or "stopped";
             "running" in a callback.
         message: what happened and what to try.
+        solutions: different points that converged, over all restarts.
     """
 
     upper: Any
@@ -83,6 +85,7 @@ class MinimizeResult:
     iterations: int
     status: str
     message: str
+    solutions: int = 0
 
     @property
     def converged(self) -> bool:
