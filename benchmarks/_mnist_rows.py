@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pooch
-import requests
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -21,14 +16,6 @@ BATCH = 200
 # learned weights and filter have used it already. "learned" is tuned for the default optimizer.
 STRENGTH = {"none": 0.1, "all": 0.01, "filter": 0.3, "oracle": 0.1, "learned": 0.03}
 EPOCHS = {"none": 30, "all": 10, "filter": 20, "oracle": 30, "learned": 12}
-BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
-MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-FILES = {  # the original files without "-ubyte.gz", SHA-256
-    "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
 
 
 class Problem(NamedTuple):
@@ -47,38 +34,6 @@ class Problem(NamedTuple):
     def is_right(self) -> Tensor:
         """Which given labels are the true ones."""
         return self.labels == self.truth
-
-
-def default_folder() -> Path:
-    """The folder of shared data beside the checkout where there is one, else a user cache."""
-    return BESIDE if BESIDE.is_dir() else Path(pooch.os_cache("torch_penalty_bilevel")) / "mnist"
-
-
-def load(folder: Path) -> tuple[Tensor, Tensor]:
-    """All 70,000 images and labels; files that ``folder`` lacks are downloaded into it.
-
-    Raises:
-        SystemExit: a file is neither there nor to be had; the message says what to put where.
-    """
-    hashes = {f"{name}-ubyte.gz": f"sha256:{value}" for name, value in FILES.items()}
-    store = pooch.create(folder, MIRROR, registry=hashes)
-    try:
-        paths = {name: store.fetch(f"{name}-ubyte.gz") for name in FILES}
-    except (requests.RequestException, OSError, ValueError) as error:
-        names = ", ".join(hashes)
-        raise SystemExit(
-            f"MNIST is not complete in {folder} and could not be downloaded from {MIRROR}\n"
-            f"({error})\nPut the original files there, or name their folder with --data: {names}"
-        ) from error
-
-    def values(name: str, header: int) -> np.ndarray:
-        with gzip.open(paths[name]) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=header)
-
-    images = [values(name, 16) for name in FILES if "images" in name]
-    labels = [values(name, 8) for name in FILES if "labels" in name]
-    pixels = torch.from_numpy(np.concatenate(images).reshape(-1, 784)).float() / 255
-    return pixels, torch.from_numpy(np.concatenate(labels)).long()
 
 
 def make_problem(

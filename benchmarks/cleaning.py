@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -38,18 +37,18 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import _digits_rows
 import denoise_digits
+from _data import default_folder, mnist
 from _mnist_rows import (
     BATCH,
     Problem,
     accuracy,
     baselines,
-    default_folder,
     fit,
-    load,
     make_model,
     make_problem,
     score,
 )
+from _record import Line, Record
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -65,7 +64,6 @@ OUTPUT = Path("results/cleaning.jsonl")  # delete it when the code has changed
 FACTORS = (1 / 3, 1.0, 3.0)
 LOWER_LR, UPPER_LR = 1e-3, 1e-1
 COLUMNS = ("running", "retrained", "told_right", "balanced", "auc")
-Line = dict[str, Any]
 
 
 def clean(problem: Problem, setting: Line) -> Line:
@@ -157,33 +155,6 @@ def digits(setting: Line) -> Line:
     return {**learned, "path": []}
 
 
-class Record:
-    """Finished runs by what defines them, one JSON line each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lines = path, {}
-        if path.exists():
-            for text in path.read_text().splitlines():
-                line = json.loads(text)
-                self.lines[self._key(line["run"])] = line["result"]
-
-    @staticmethod
-    def _key(run: Line) -> str:
-        return json.dumps(run, sort_keys=True)
-
-    def __contains__(self, run: Line) -> bool:
-        return self._key(run) in self.lines
-
-    def __getitem__(self, run: Line) -> Line:
-        return self.lines[self._key(run)]
-
-    def add(self, run: Line, result: Line) -> None:
-        self.lines[self._key(run)] = result
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"run": run, "result": result}) + "\n")
-
-
 def _cell(values: list[float]) -> str:
     """Median, and the range where there is one."""
     if not values:
@@ -245,7 +216,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (1)")
     parser.add_argument("--steps", type=int, default=800, help="upper steps (800)")
-    parser.add_argument("--data", type=Path, default=default_folder(), help="folder of MNIST")
+    parser.add_argument(
+        "--data", type=Path, default=default_folder("mnist"), help="folder of MNIST"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"finished runs ({OUTPUT})")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     rule = LeastSquares()
@@ -272,7 +245,7 @@ def main() -> None:
         if run["problem"] == "digits":
             record.add(run, digits(run))
             continue
-        data = data or load(options.data)
+        data = data or mnist(options.data)
         problem = make_problem(data, run["seed"])
         found = baselines(run["problem"], problem) if "row" in run else clean(problem, run)
         record.add(run, found)

@@ -267,3 +267,17 @@ def test_largest_stretch(seed: int) -> None:
     assert found <= norm * (1 + 1e-12)
     assert found >= 0.8 * norm  # 1 / found is then below 2 / ||A||, which is what it is for
     assert largest_stretch(lambda x: tuple(0 * t for t in x), rhs()) == 0
+
+
+@pytest.mark.parametrize("solver", [fixed_point, neumann])
+def test_a_start_worse_than_zero_that_improves_is_no_divergence(solver) -> None:
+    # Warm starts belong to another right-hand side; few iterations cannot mend a bad one.
+    A = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    right, start = torch.tensor([1.0, 0.0]).to(A), torch.tensor([0.0, 500.0]).to(A)
+    found = solver(lambda x: (A * x[0],), (right,), max_iterations=1, start=(start,))
+    first = float((right - A * start).norm())
+    assert float(right.norm()) < found.residual_norm < first
+    assert not found.converged
+    # The same start under an iteration that grows is divergence.
+    grown = solver(lambda x: (-A * x[0],), (right,), max_iterations=1, start=(start,))
+    assert math.isnan(grown.residual_norm)

@@ -48,6 +48,7 @@ def ended(
     tolerance: float,
     *,
     worst: float = 1.0,
+    first: float = 0.0,
     remedy: str,
 ) -> Solution:
     """The solution of an iteration that may diverge, given its true residual b - A x.
@@ -59,14 +60,15 @@ def ended(
         products: used before ``residual`` was computed.
         tolerance: bound on ||b - A x||_2 / ||b||_2.
         worst: a residual above this many ||b||_2, the residual of x = 0, is divergence.
+        first: ||b - A x_0||_2. A start from another equation may be worse than x = 0, and few
+            iterations leave it so: only a residual that exceeds this one as well has grown.
         remedy: what to do about divergence.
     """
     error, size = float(norm(residual)), float(norm(right))
     if error <= tolerance * size < math.inf:
         return Solution(value, products, error, True, "converged")
-    if (
-        not error <= worst * size * (1 + 1e-6) < math.inf
-    ):  # the slack is for the rounding of x = 0 itself
+    # The slack is for the rounding of x = 0 itself.
+    if not error <= max(worst * size, first) * (1 + 1e-6) < math.inf:
         message = f"diverged: ||b - A x|| = {error:.1e} after {products} products, worse than x = 0"
         return broken(right, products, f"{message}; {remedy}")
     return Solution(value, products, error, False, stopped(products, error, tolerance))

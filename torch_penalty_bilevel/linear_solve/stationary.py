@@ -38,8 +38,8 @@ def fixed_point(
         start: x_0; None is zero.
 
     Returns:
-        The last iterate with its true residual. One with a larger residual than x = 0 has is
-        divergence: the value is NaN and ``converged`` is False.
+        The last iterate with its true residual. One with a larger residual than x = 0 and
+        the start have is divergence: the value is NaN and ``converged`` is False.
 
     Example:
         >>> import torch
@@ -50,12 +50,13 @@ def fixed_point(
     """
     value = scale(right, 0.0) if start is None else start
     residual, products = first_residual(product, right, start), 0
+    first = float(norm(residual))
     bound = tolerance * float(norm(right))
     while products < max_iterations and bound < float(norm(residual)) < math.inf:
         value = axpy(step_size, residual, value)
         residual = axpy(-1.0, product(value), right)
         products += 1
-    return ended(value, residual, right, products, tolerance, remedy=_REMEDY)
+    return ended(value, residual, right, products, tolerance, first=first, remedy=_REMEDY)
 
 
 def neumann(
@@ -94,6 +95,7 @@ def neumann(
         (tensor([1.5000, 1.0000]), tensor([2., 1.]))
     """
     term, products = first_residual(product, right, start), 0
+    first = float(norm(term))
     value = axpy(step_size, term, scale(right, 0.0) if start is None else start)
     bound = tolerance * float(norm(right))
     while products < max_iterations and bound < float(norm(term)) < math.inf:
@@ -101,4 +103,4 @@ def neumann(
         value = axpy(step_size, term, value)
         products += 1
     residual = axpy(-1.0, product(value), right)
-    return ended(value, residual, right, products, tolerance, remedy=_REMEDY)
+    return ended(value, residual, right, products, tolerance, first=first, remedy=_REMEDY)
