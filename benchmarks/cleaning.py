@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -50,6 +49,7 @@ from _mnist_rows import (
     make_problem,
     score,
 )
+from _record import Line, Record
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -65,7 +65,6 @@ OUTPUT = Path("results/cleaning.jsonl")  # delete it when the code has changed
 FACTORS = (1 / 3, 1.0, 3.0)
 LOWER_LR, UPPER_LR = 1e-3, 1e-1
 COLUMNS = ("running", "retrained", "told_right", "balanced", "auc")
-Line = dict[str, Any]
 
 
 def clean(problem: Problem, setting: Line) -> Line:
@@ -155,33 +154,6 @@ def digits(setting: Line) -> Line:
     rates = {"upper_lr": 0.05 * setting["upper"], "lower_lr": 1e-2 * setting["lower"]}
     learned = measured(lambda p: denoise_digits.penalty(p, denoise_digits.STEPS, **rates))
     return {**learned, "path": []}
-
-
-class Record:
-    """Finished runs by what defines them, one JSON line each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lines = path, {}
-        if path.exists():
-            for text in path.read_text().splitlines():
-                line = json.loads(text)
-                self.lines[self._key(line["run"])] = line["result"]
-
-    @staticmethod
-    def _key(run: Line) -> str:
-        return json.dumps(run, sort_keys=True)
-
-    def __contains__(self, run: Line) -> bool:
-        return self._key(run) in self.lines
-
-    def __getitem__(self, run: Line) -> Line:
-        return self.lines[self._key(run)]
-
-    def add(self, run: Line, result: Line) -> None:
-        self.lines[self._key(run)] = result
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"run": run, "result": result}) + "\n")
 
 
 def _cell(values: list[float]) -> str:

@@ -1,0 +1,168 @@
+"""Tables, verdict and figure of ``race.py``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from _record import Line
+from matplotlib.figure import Figure
+
+SHARES = (0.95, 0.995)
+BAR = 0.25
+SCORES = {"accuracy": "accuracy", "told_right": "told right", "auc": "AUC"}
+Races = Mapping[float, tuple[dict[str, list[Line]], list[Line]]]
+"""By noise level: the runs of each method and the baselines, both one per seed."""
+
+
+def best_accuracy(runs: dict[str, list[Line]], simple: list[Line]) -> list[float]:
+    """Per seed the best test accuracy of any row but the oracle."""
+    best = []
+    for seed, rows in enumerate(simple):
+        seen = [s["accuracy"] for results in runs.values() for s in results[seed]["path"]]
+        best.append(max(seen + [rows[name]["retrained"] for name in rows if name != "oracle"]))
+    return best
+
+
+def time_to(run: Line, target: float) -> float:
+    """CPU seconds until the accuracy was first seen at ``target``; inf if it never was."""
+    return next((s["cpu"] for s in run["path"] if s["accuracy"] >= target), math.inf)
+
+
+def value_at(run: Line, seconds: float, name: str) -> float:
+    """The last value seen by then; NaN before the first look and after a failure."""
+    seen = [s[name] for s in run["path"] if s["cpu"] <= seconds or s is run["path"][0]]
+    ended = run["path"][-1]["cpu"] if run["path"] else 0.0
+    return math.nan if not seen or ("failed" in run and seconds > ended) else seen[-1]
+
+
+def cell(values: list[float], digits: int = 3, limit: float = math.inf) -> str:
+    """Median (range); above ``limit`` it was not reached in that time."""
+
+    def text(value: float) -> str:
+        if math.isnan(value):
+            return "failed"
+        return f"{value:.{digits}f}" if value < math.inf else f"> {limit:g}"
+
+    ordered = sorted(values)
+    # With an even number of seeds the lower median would flatter, so the upper one.
+    middle = ordered[len(ordered) // 2] if math.inf in ordered else statistics.median(ordered)
+    if len(values) == 1:
+        return text(middle)
+    return f"{text(middle)} ({text(ordered[0])} to {text(ordered[-1])})"
+
+
+def print_tables(
+    races: Races,
+    rates: Mapping[str, Any],
+    groups: Mapping[str, str],
+    early: float,
+    seconds: float,
+) -> None:
+    """The tuned rates, per noise level the rows, and what the target of a quarter says."""
+    print("\n| method | lower rate | upper rate | v-steps per u-step |\n|---|---|---|---|")
+    for method, chosen in rates.items():
+        print(f"| {method} | {chosen.lower:g} | {chosen.upper:g} | {chosen.lower_steps} |")
+    for noise, (runs, simple) in races.items():
+        best = best_accuracy(runs, simple)
+        print(f"\n### noise {noise:g}\n\nBest accuracy: {cell(best)}\n")
+        header = ["row", "ms per u-step", *(f"s to {share:.1%}" for share in SHARES)]
+        header += [f"accuracy at {early:g} s", f"at {seconds:g} s", "told right", "AUC"]
+        print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+        for method, results in runs.items():
+            print(_row(method, results, best, early, seconds))
+        for name in simple[0]:
+            print(_simple_row(name, [rows[name] for rows in simple], best))
+    print()
+    for noise, (runs, simple) in races.items():
+        for method in (name for name, group in groups.items() if group == "ours"):
+            print(_verdict(noise, method, runs, groups, best_accuracy(runs, simple), seconds))
+
+
+def _row(method: str, results: list[Line], best: list[float], early: float, end: float) -> str:
+    columns = [method, cell([1e3 * r["path"][-1]["cpu"] / r["path"][-1]["step"] for r in results
+                             if r["path"]], 1)]  # fmt: skip
+    for share in SHARES:
+        times = [time_to(r, share * b) for r, b in zip(results, best, strict=True)]
+        columns.append(cell(times, 2, end))
+    columns.append(cell([value_at(run, early, "accuracy") for run in results]))
+    columns += [cell([value_at(run, math.inf, name) for run in results]) for name in SCORES]
+    failed = [run["failed"] for run in results if "failed" in run]
+    if failed:
+        columns[0] += f" (failed in {len(failed)} of {len(results)}: {failed[0][:60]})"
+    return "| " + " | ".join(columns) + " |"
+
+
+def _simple_row(name: str, results: list[Line], best: list[float]) -> str:
+    """A baseline is ready when its training has ended; its time is that, or never."""
+    columns = [f"{name}, after {cell([r['seconds'] for r in results], 1)} s", ""]
+    for share in SHARES:
+        pairs = zip(results, best, strict=True)
+        reached = sum(r["retrained"] >= share * b for r, b in pairs)
+        columns.append(f"reached {reached}/{len(best)}")
+    columns += ["", cell([r["retrained"] for r in results])]
+    columns += [cell([r[score] for r in results]) for score in ("told_right", "auc")]
+    return "| " + " | ".join(columns) + " |"
+
+
+def _verdict(
+    noise: float,
+    method: str,
+    runs: dict[str, list[Line]],
+    groups: Mapping[str, str],
+    best: list[float],
+    seconds: float,
+) -> str:
+    """Its time over the best peer's of the same seed, and its last scores minus their best."""
+    peers = [runs[name] for name, group in groups.items() if group == "peer"]
+    if not peers:
+        return ""
+    said = []
+    for share in SHARES:
+        ratios, bounds = [], 0
+        for seed, target in enumerate(best):
+            mine = time_to(runs[method][seed], share * target)
+            theirs = min(time_to(results[seed], share * target) for results in peers)
+            bounds += theirs == math.inf
+            ratios.append(mine / min(theirs, seconds))
+        middle = statistics.median(ratios)
+        word = "met" if middle <= BAR else "MISSED"
+        bound = f", at most: no peer got there in {bounds} of {len(best)} seeds" if bounds else ""
+        said.append(f"{share:.1%}: {cell(ratios, 2, 9)} {word}{bound}")
+    for score, name in SCORES.items():
+        gaps = [
+            value_at(runs[method][seed], math.inf, score)
+            - max(value_at(results[seed], math.inf, score) for results in peers)
+            for seed in range(len(best))
+        ]
+        said.append(f"{name} {statistics.median(gaps):+.3f}")
+    return f"- noise {noise:g}, {method}, against the best peer: " + "; ".join(said)
+
+
+def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:
+    """Median test accuracy against CPU seconds, one line per method, one panel per noise level."""
+    figure = Figure(figsize=(4.2 * len(races), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(races), squeeze=False)[0]
+    styles = {"ours": "-", "ours (reference)": ":", "peer": "--"}
+    for axes, (noise, (runs, simple)) in zip(panels, races.items(), strict=True):
+        for index, (method, results) in enumerate(runs.items()):
+            group = groups[method]
+            times = [seen["cpu"] for seen in results[0]["path"]]
+            columns = [[value_at(run, t, "accuracy") for run in results] for t in times]
+            width = 2.2 if group == "ours" else 1.2
+            axes.plot(times, [statistics.median(c) for c in columns], styles[group],
+                      color=f"C{index}", linewidth=width, label=method)  # fmt: skip
+        for name, marker in (("agreement filter", "s"), ("validation only", "o")):
+            spent = statistics.median(rows[name]["seconds"] for rows in simple)
+            reached = statistics.median(rows[name]["retrained"] for rows in simple)
+            axes.plot(spent, reached, marker, color="black", markersize=5, label=name)
+        axes.set(xscale="log", xlabel="CPU seconds of training", title=f"noise {noise:g}")
+        axes.set_ylim(bottom=0.6)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy of the running model")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=90)
