@@ -114,7 +114,7 @@ def hypergradient(task: Task, rates: Rates, **options: object) -> Step:
 
 
 def implicit(task: Task, rates: Rates, solve: Callable[..., Tensor]) -> Step:
-    """torchopt's implicit differentiation of warm-started Adam steps, functional interface."""
+    """Implicit differentiation of warm-started Adam steps by torchopt's functional interface."""
     upper_rule = torch.optim.Adam([task.logits], lr=rates.upper)
     lower_rule = torch.optim.Adam(task.lower, lr=rates.lower)
 
