@@ -157,7 +157,7 @@ def _verdict(
 
 def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:
     """Median test accuracy against CPU seconds, one line per method, one panel per noise level."""
-    figure = Figure(figsize=(4.2 * len(races), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(races), 4.6), layout="constrained")
     panels = figure.subplots(1, len(races), squeeze=False)[0]
     styles = {"ours": "-", "ours (reference)": ":", "peer": "--"}
     for axes, (noise, (runs, simple)) in zip(panels, races.items(), strict=True):
@@ -177,5 +177,7 @@ def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy of the running model")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(2 * len(races), 4), fontsize=8
+    )
     figure.savefig(path, dpi=90)

@@ -16,8 +16,10 @@ All methods start from the same v and u = 0. The clock runs during training only
 time of the process, which other jobs on the machine disturb less than wall time (also recorded).
 
 The targets of a seed are shares of the best test accuracy, or share of labels told right, that any
-row but the oracle reaches. Accuracies are those of the running model on 10,000 test images, looked at whenever the clock has
-grown by a fifth, so times are known to a fifth. Every finished run is a line of the output file.
+row but the oracle reaches. Accuracies are those of the running model on 10,000 test images, looked
+at whenever the clock has grown by a quarter, so times are rounded up by at most that, or by one
+step where that is longer. Every finished run is a line of the output file and is skipped when
+found there.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from torch_penalty_bilevel import NonFiniteError
 OUTPUT = Path("results/race.jsonl")  # delete it when the code has changed
 LOWER, UPPER = (1e-3, 3e-3), (0.3, 1.0)
 TUNING_SEED, TUNING_NOISE = 100, 0.5
-TEST_IMAGES, FIRST_LOOK, GROWTH = 10_000, 0.1, 1.2
+TEST_IMAGES, FIRST_LOOK, GROWTH = 10_000, 0.2, 1.25
 
 
 def run_for(method: str, rates: Rates, problem: Problem, seconds: float) -> Line:
