@@ -86,11 +86,27 @@ def print_tables(
             print(_row(method, results, best, early, seconds))
         for name in simple[0]:
             print(_simple_row(name, [rows[name] for rows in simple], best))
-    print()
+    print_verdicts(races, groups, seconds)
+
+
+def print_verdicts(races: Races, groups: Mapping[str, str], seconds: float) -> None:
+    """Our times over the best peer's of the same seed, and our last scores minus their best."""
+    header = ["noise, row", *(_said(*target) for target in TARGETS)]
+    header += [f"{_said(name, share)} of the peers" for name, share in TARGETS if share > 0.99]
+    header += [f"{name}, last" for name in SCORES.values()]
+    print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for noise, (runs, simple) in races.items():
-        for method in (name for name, group in groups.items() if group == "ours"):
-            best = {name: best_of(runs, simple, name) for name in SCORES}
-            print(_verdict(noise, method, runs, groups, best, seconds))
+        peers = {name: runs[name] for name, group in groups.items() if group == "peer"}
+        for method in (name for name, group in groups.items() if group == "ours" and peers):
+            columns = [f"{noise:g}, {method}"]
+            for score, share in TARGETS:
+                goals = [share * reached for reached in best_of(runs, simple, score)]
+                columns.append(_ratio(runs[method], peers, score, goals, seconds))
+            for score, share in (target for target in TARGETS if target[1] > 0.99):
+                goals = [share * reached for reached in best_of(peers, [{}] * len(simple), score)]
+                columns.append(_ratio(runs[method], peers, score, goals, seconds))
+            columns += [_gap(runs[method], peers, score) for score in SCORES]
+            print("| " + " | ".join(columns) + " |")
 
 
 def _said(score: str, share: float) -> str:
@@ -123,40 +139,30 @@ def _simple_row(name: str, results: list[Line], best: Line) -> str:
     return "| " + " | ".join(columns) + " |"
 
 
-def _verdict(
-    noise: float,
-    method: str,
-    runs: dict[str, list[Line]],
-    groups: Mapping[str, str],
-    best: Line,
-    seconds: float,
+def _ratio(
+    mine: list[Line], peers: dict[str, list[Line]], score: str, goals: list[float], seconds: float
 ) -> str:
-    """Its time over the best peer's of the same seed, and its last scores minus their best."""
-    peers = [runs[name] for name, group in groups.items() if group == "peer"]
-    if not peers:
-        return ""
-    said = []
-    for name, share in TARGETS:
-        goals = [share * reached for reached in best[name]]
-        mine = [time_to(run, name, goal) for run, goal in zip(runs[method], goals, strict=True)]
-        theirs = [
-            min(time_to(results[seed], name, goal) for results in peers)
-            for seed, goal in enumerate(goals)
-        ]
-        # Where no peer arrived the ratio is below this one, which takes the end of the race.
-        ratios = [own / min(other, seconds) for own, other in zip(mine, theirs, strict=True)]
-        word = "met" if statistics.median(ratios) <= BAR else "MISSED"
-        absent = theirs.count(math.inf)
-        bound = f" (no peer arrived in {absent} of {len(theirs)} seeds)" if absent else ""
-        said.append(f"{_said(name, share)} {cell(ratios, 2)} {word}{bound}")
-    for score, name in SCORES.items():
-        gaps = [
-            value_at(runs[method][seed], math.inf, score)
-            - max(value_at(results[seed], math.inf, score) for results in peers)
-            for seed in range(len(best[score]))
-        ]
-        said.append(f"{name} {statistics.median(gaps):+.3f}")
-    return f"- noise {noise:g}, {method}, against the best peer: " + "; ".join(said)
+    """Time to a goal per seed, over the best peer's; with "<" where no peer arrived at all."""
+    times = [time_to(run, score, goal) for run, goal in zip(mine, goals, strict=True)]
+    theirs = [
+        min(time_to(results[seed], score, goal) for results in peers.values())
+        for seed, goal in enumerate(goals)
+    ]
+    ratios = [own / min(other, seconds) for own, other in zip(times, theirs, strict=True)]
+    word = "met" if statistics.median(ratios) <= BAR else "MISSED"
+    absent = theirs.count(math.inf)
+    bound = f", no peer arrived in {absent} of {len(theirs)} seeds" if absent else ""
+    below = "< " if absent == len(theirs) and math.inf not in ratios else ""
+    return f"{below}{cell(ratios, 2)} {word}{bound}"
+
+
+def _gap(mine: list[Line], peers: dict[str, list[Line]], score: str) -> str:
+    gaps = [
+        value_at(run, math.inf, score)
+        - max(value_at(results[seed], math.inf, score) for results in peers.values())
+        for seed, run in enumerate(mine)
+    ]
+    return f"{statistics.median(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
 
 
 def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:

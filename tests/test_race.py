@@ -143,5 +143,6 @@ def test_verdict_divides_by_the_best_peer_and_the_oracle_sets_no_target(capsys):
     rates = {name: _race_methods.Rates(1e-3, 0.1, 1) for name in runs}
     _race_report.print_tables({0.5: (runs, simple)}, rates, groups, 2.0, 8.0)
     verdict = capsys.readouterr().out.splitlines()[-1]
-    assert verdict.count("0.12 met") == 4  # 1 / 8 for each target, all 0.9 times a share
-    assert "accuracy +0.000" in verdict
+    assert verdict.startswith("| 0.5, mine")
+    assert verdict.count("| 0.12 met") == 6  # 1 / 8: all four targets, and both of the peers'
+    assert verdict.count("+0.000 (") == 3
