@@ -149,11 +149,12 @@ def _ratio(
         for seed, goal in enumerate(goals)
     ]
     ratios = [own / min(other, seconds) for own, other in zip(times, theirs, strict=True)]
-    word = "met" if statistics.median(ratios) <= BAR else "MISSED"
-    absent = theirs.count(math.inf)
+    absent, middle = theirs.count(math.inf), statistics.median(ratios)
+    bounds_only = absent == len(theirs) and math.inf not in ratios
+    missed = "undecided" if bounds_only else "MISSED"
     bound = f", no peer arrived in {absent} of {len(theirs)} seeds" if absent else ""
-    below = "< " if absent == len(theirs) and math.inf not in ratios else ""
-    return f"{below}{cell(ratios, 2)} {word}{bound}"
+    below = "< " if bounds_only else ""
+    return f"{below}{cell(ratios, 2)} {'met' if middle <= BAR else missed}{bound}"
 
 
 def _gap(mine: list[Line], peers: dict[str, list[Line]], score: str) -> str:
