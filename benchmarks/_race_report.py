@@ -184,6 +184,9 @@ def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:
             reached = statistics.median(rows[name]["retrained"] for rows in simple)
             axes.plot(spent, reached, marker, color="black", markersize=5, label=name)
         axes.set(xscale="log", xlabel="CPU seconds of training", title=f"noise {noise:g}")
+        axes.set_xticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(0.2, max(seen["cpu"] for seen in next(iter(runs.values()))[0]["path"]))
         axes.set_ylim(bottom=0.6)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy of the running model")
@@ -191,4 +194,4 @@ def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(2 * len(races), 4), fontsize=8
     )
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72)
