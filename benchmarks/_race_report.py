@@ -163,7 +163,8 @@ def _gap(mine: list[Line], peers: dict[str, list[Line]], score: str) -> str:
         - max(value_at(results[seed], math.inf, score) for results in peers.values())
         for seed, run in enumerate(mine)
     ]
-    return f"{statistics.median(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
+    spread = f" ({min(gaps):+.3f} to {max(gaps):+.3f})" if len(gaps) > 1 else ""
+    return f"{statistics.median(gaps):+.3f}{spread}"
 
 
 def draw(races: Races, groups: Mapping[str, str], path: Path) -> None:

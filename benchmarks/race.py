@@ -1,6 +1,6 @@
 """Time to target on MNIST hyper-cleaning: this optimizer against torchopt, higher and no weights.
 
-    python benchmarks/race.py                     # 5 seeds x 3 noise levels x 15 s: about 2 hours
+    python benchmarks/race.py                     # 5 seeds x 3 noise levels x 15 s: about an hour
     python benchmarks/race.py --quick             # does it run? one seed, one noise level, 1 s
 
 The problem is that of ``cleaning.py`` with the MLP (784-300-10): a share of 5,000 labels drawn

@@ -145,4 +145,4 @@ def test_verdict_divides_by_the_best_peer_and_the_oracle_sets_no_target(capsys):
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith("| 0.5, mine")
     assert verdict.count("| 0.12 met") == 6  # 1 / 8: all four targets, and both of the peers'
-    assert verdict.count("+0.000 (") == 3
+    assert verdict.count("| +0.000 ") == 3
