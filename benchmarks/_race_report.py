@@ -57,7 +57,7 @@ def cell(values: list[float], digits: int = 3, never: str = "never") -> str:
     ordered = sorted(values)
     # With an even number of seeds the lower median would flatter, so the upper one.
     middle = ordered[len(ordered) // 2] if math.inf in ordered else statistics.median(ordered)
-    if len(values) == 1:
+    if text(ordered[0]) == text(ordered[-1]):
         return text(middle)
     return f"{text(middle)} ({text(ordered[0])} to {text(ordered[-1])})"
 
