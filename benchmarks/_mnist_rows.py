@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,7 @@ def fit(kind: str, problem: Problem, kept: Tensor, row: str) -> nn.Module:
 
 
 def baselines(kind: str, problem: Problem) -> dict[str, dict[str, float]]:
-    """Test accuracy and scores of the rows that learn no weights."""
+    """Test accuracy, scores and CPU seconds of training of the rows that learn no weights."""
 
     def agreement(model: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -118,18 +119,28 @@ def baselines(kind: str, problem: Problem) -> dict[str, dict[str, float]]:
             return model(problem.images).softmax(1).gather(1, problem.labels[:, None])[:, 0]
 
     none = torch.zeros(len(problem.labels), dtype=torch.bool)
-    alone, noisy = fit(kind, problem, none, "none"), fit(kind, problem, ~none, "all")
+    seconds: dict[str, float] = {}
+
+    def timed(kept: Tensor, row: str) -> nn.Module:
+        began = time.process_time()
+        model = fit(kind, problem, kept, row)
+        seconds[row] = time.process_time() - began
+        return model
+
+    alone, noisy = timed(none, "none"), timed(~none, "all")
     agrees = agreement(alone)
-    filtered = fit(kind, problem, agrees, "filter")
-    best = fit(kind, problem, problem.is_right, "oracle")
+    filtered = timed(agrees, "filter")
+    seconds["filter"] += seconds["none"]
+    best = timed(problem.is_right, "oracle")
     told = {
-        "validation only": (alone, probability(alone)),
-        "noisy + validation": (noisy, probability(noisy)),
-        "agreement filter": (filtered, agrees.float()),
-        "oracle": (best, problem.is_right.float()),
+        "validation only": (alone, probability(alone), seconds["none"]),
+        "noisy + validation": (noisy, probability(noisy), seconds["all"]),
+        "agreement filter": (filtered, agrees.float(), seconds["filter"]),
+        "oracle": (best, problem.is_right.float(), seconds["oracle"]),
     }
     return {
         name: {"retrained": accuracy(model, problem.test_images, problem.test_labels)}
         | score(scores, problem)
-        for name, (model, scores) in told.items()
+        | {"seconds": spent}
+        for name, (model, scores, spent) in told.items()
     }
