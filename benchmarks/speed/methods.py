@@ -55,7 +55,7 @@ def penalty(
 
 
 def implicit(problem: Problem) -> Step:
-    """``HypergradientOptimizer`` with conjugate gradients, which refuse an indefinite H undamped."""
+    """``HypergradientOptimizer`` with conjugate gradients, damped: they refuse H < 0."""
     optimizer = HypergradientOptimizer(
         [problem.upper],
         problem.lower,

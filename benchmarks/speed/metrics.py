@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from memory import peak_bytes
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 Step = Callable[[], object]
 # The penalty's curvature probe: one more product in every so many steps.
 PERIOD = 20
 # The CPU's flash attention is missing from torch's table.
 _ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 
 
@@ -51,7 +55,7 @@ def race(
         for _ in range(3)
     )
     is_short = each < 0.02
-    rounds = round(min(max(seconds / each / (1 + is_short), 5), 400))
+    rounds = round(min(max(seconds / each / (1 + is_short), 3), 200))
     benchmark.pedantic(step, setup=before, rounds=rounds)
     own = benchmark.stats.stats.data
     benchmark.extra_info["ratios"] = {

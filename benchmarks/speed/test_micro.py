@@ -16,7 +16,7 @@ def test_unit(benchmark, kind):
     benchmark.group, benchmark.name = kind, "plain training of v"
     problem = problems.by_kind(kind)
     unit = methods.gradient(problem)
-    metrics.race(benchmark, methods.training(problem), {"gradient": unit}, 1.0, 3)
+    metrics.race(benchmark, methods.training(problem), {"gradient": unit}, 0.5, 3)
     benchmark.extra_info |= {
         "parameters": sum(p.numel() for p in problem.lower),
         "flops": metrics.flops(unit),
@@ -39,7 +39,7 @@ def test_step(benchmark, kind, method, failing_is_a_row):
         references["floor"] = methods.METHODS[methods.FLOOR](problems.by_kind(kind))
     ours = "penalty" in method or method == methods.FLOOR
     # Ours probe the curvature in every one of the first ten steps.
-    metrics.race(benchmark, step, references, 3.0 if ours else 1.5, 12 if ours else 1)
+    metrics.race(benchmark, step, references, 1.0 if ours else 0.6, 12 if ours else 1)
     benchmark.extra_info |= {
         "flops": metrics.flops(step, metrics.PERIOD if ours else 1),
         "peak_bytes": metrics.peak_of(lambda: make(problems.by_kind(kind))),
@@ -59,7 +59,8 @@ def test_floor_takes_the_same_steps(kind):
         for _ in range(60):
             for step in steps:
                 step()
-        for mine, theirs in zip((ours.upper, *ours.lower), (by_hand.upper, *by_hand.lower)):
+        pairs = zip((ours.upper, *ours.lower), (by_hand.upper, *by_hand.lower), strict=True)
+        for mine, theirs in pairs:
             assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
     finally:
         torch.set_default_dtype(torch.float32)
