@@ -9,15 +9,15 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most that was allocated at once inside ``run``, above what there was before."""
-    return max(accumulate(_changes(run), initial=0))
+    return max(accumulate(changes(run), initial=0))
 
 
 def kept_bytes(run: Callable[[], Any]) -> int:
     """Allocated less freed in ``run``, where frees count of what a traced run had allocated."""
-    return sum(_changes(run))
+    return sum(changes(run))
 
 
-def _changes(run: Callable[[], Any]) -> list[int]:
+def changes(run: Callable[[], Any]) -> list[int]:
     """Bytes allocated (> 0) and freed (< 0), in the order of time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()

@@ -6,10 +6,11 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
-from memory import peak_bytes
+from memory import changes, peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -129,12 +130,17 @@ class _Kept:
         self.ledger.count(self.tensor, -1)
 
 
-def peak_of(build: Callable[[], Step], steps: int = 2) -> int:
-    """Peak of all tensors from the making of the problem to the end of ``steps`` steps."""
+def peaks_of(build: Callable[[], Step]) -> dict[str, int]:
+    """Peaks of all tensors, the problem's own among them: until the first step ends, and later.
 
-    def run() -> None:
-        step = build()
-        for _ in range(steps):
-            step()
+    The first step looks at more than the later ones, and has no moments yet.
+    """
+    made: list[Step] = []
 
-    return peak_bytes(run)
+    def begin() -> None:
+        made.append(build())
+        made[0]()
+
+    until_first = changes(begin)
+    later = sum(until_first) + peak_bytes(lambda: [made[0]() for _ in range(2)])
+    return {"first_peak_bytes": max(accumulate(until_first)), "peak_bytes": later}

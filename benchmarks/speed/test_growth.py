@@ -18,7 +18,7 @@ SECONDS = 0.5
 
 @pytest.fixture
 def grow(benchmark, failing_is_a_row):
-    """One point of a curve: time against a plain gradient, and the peak of a run of two steps.
+    """One point of a curve: time against a plain gradient, and the peak memory of a run.
 
     Ten steps are for warming up: in each of them ours probe the curvature once more.
     """
@@ -29,7 +29,7 @@ def grow(benchmark, failing_is_a_row):
         benchmark.extra_info |= {"curve": curve, "size": size}
         with failing_is_a_row(group, name):
             race(benchmark, build(), make, warmup)
-            benchmark.extra_info["peak_bytes"] = metrics.peak_of(lambda: make(build()))
+            benchmark.extra_info |= metrics.peaks_of(lambda: make(build()))
 
     return point
 

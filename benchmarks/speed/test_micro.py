@@ -21,8 +21,9 @@ def test_unit(benchmark, kind):
         "parameters": sum(p.numel() for p in problem.lower),
         "flops": metrics.flops(unit),
         "saved_bytes": metrics.saved_bytes(unit, problem.data),
-        "peak_bytes": metrics.peak_of(lambda: methods.training(problems.by_kind(kind))),
     }
+    training = metrics.peaks_of(lambda: methods.training(problems.by_kind(kind)))
+    benchmark.extra_info |= training
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -40,10 +41,8 @@ def test_step(benchmark, kind, method, failing_is_a_row):
     ours = "penalty" in method or method == methods.FLOOR
     # Ours probe the curvature in every one of the first ten steps.
     metrics.race(benchmark, step, references, 1.0 if ours else 0.6, 12 if ours else 1)
-    benchmark.extra_info |= {
-        "flops": metrics.flops(step, metrics.PERIOD if ours else 1),
-        "peak_bytes": metrics.peak_of(lambda: make(problems.by_kind(kind))),
-    }
+    benchmark.extra_info["flops"] = metrics.flops(step, metrics.PERIOD if ours else 1)
+    benchmark.extra_info |= metrics.peaks_of(lambda: make(problems.by_kind(kind)))
     if "torchopt" not in method:  # torch.func refuses the hooks that see saved tensors
         benchmark.extra_info["saved_bytes"] = metrics.saved_bytes(step, problem.data)
 
