@@ -51,10 +51,7 @@ def race(
         for reference in references.values():
             reference()
         step()
-    each = statistics.median(
-        _seconds(step) + sum(_seconds(reference) for reference in references.values())
-        for _ in range(3)
-    )
+    each = _seconds(step) + sum(_seconds(reference) for reference in references.values())
     is_short = each < 0.02
     rounds = round(min(max(seconds / each / (1 + is_short), 3), 200))
     benchmark.pedantic(step, setup=before, rounds=rounds)

@@ -175,18 +175,15 @@ def draw(results: Results, path: Path) -> None:
         found = curves(results[group])
         for (name, points), marker in zip(found.items(), "osD^", strict=False):
             sizes = [p["size"] for p in points]
-            style = "" if len(points) > 1 else "none"
-            look = {"marker": marker, "markersize": 4, "linestyle": style or "-"}
+            look = {"marker": marker, "markersize": 4}
             top.loglog(sizes, [1e3 * p["seconds"] for p in points], label=name, **look)
             bottom.loglog(sizes, [p["peak_bytes"] / 1e6 for p in points], **look)
         points = max(found.values(), key=len)
-        for axis, end in (
-            (top, 1e3 * points[-1]["seconds"]),
-            (bottom, points[-1]["peak_bytes"] / 1e6),
-        ):
-            sizes = [points[0]["size"], points[-1]["size"]]
+        first, last = points[0]["size"], points[-1]["size"]
+        for axis in (top, bottom):
             low, high = axis.get_ylim()
-            axis.loglog(sizes, [end * sizes[0] / sizes[1], end], ":", color="0.6", linewidth=1)
+            high = max(high, 10 * low)  # at least a decade: a flat curve has to look flat
+            axis.loglog([first, last], [high * first / last, high], ":", color="0.6", linewidth=1)
             axis.set_ylim(low, high)
             axis.spines[["top", "right"]].set_visible(False)
         top.legend(frameon=False, fontsize=7)
