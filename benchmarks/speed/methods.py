@@ -64,7 +64,7 @@ def implicit(problem: Problem) -> Step:
         lower_lr=LOWER_LR,
         inner_iterations=ITERATIONS,
         tolerance=1e-30,  # all iterations, as for the peers
-        damping=1.0,
+        damping=10.0,
         warm_start="lower",
     )
     return lambda: optimizer.step(problem.f, problem.g)
