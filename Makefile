@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint suite rates clean
+.PHONY: help demo test lint suite rates bench bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -46,6 +46,13 @@ suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optim
 
 rates: $(VENV)/.test  ## errors of the hypergradients under their bounds; table and benchmarks/rates.png
 	$(RUN) benchmarks/rates.py
+
+bench: $(VENV)/.test  ## time, FLOPs and memory of one step against the peers, into results/speed.json
+	@mkdir -p results
+	$(RUN) -m pytest -c benchmarks/speed/pytest.ini benchmarks/speed --benchmark-json=results/speed.json
+
+bench-report: $(VENV)/.test  ## tables and figure of benchmarks/speed.md from results/speed.json
+	$(RUN) benchmarks/speed/report.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage

@@ -501,6 +501,18 @@ def test_auto_switches_with_one_warning(name: str) -> None:
         assert relative_error(result.lower, exact(name).lower) < TOL["central"]
 
 
+def test_auto_switches_for_later_products_of_the_same_linearisation() -> None:
+    """The first difference moves v and back, which torch forbids the abandoned graph to outlive."""
+    problem = net_problem("transformer")
+    linearised = Automatic().linearise(problem.closure, problem.at, reusable=True)
+    with pytest.warns(BilevelWarning, match="switched to finite differences") as record:
+        first, second = (
+            filled_pair(linearised.product(problem.direction()), problem.at) for _ in range(2)
+        )
+    assert len(record) == 1
+    assert_close(join(first.lower), join(second.lower), rtol=0, atol=0)
+
+
 def test_auto_replays_random_numbers_when_it_switches() -> None:
     """The residual it returned and the product it makes after the switch share the masks."""
     problem = net_problem("dropout")

@@ -56,11 +56,16 @@ class Automatic:
         except DoubleBackwardError as error:
             return again(error)
 
+        current = tried
+
         def product(direction: Tensors) -> OptionalPair:
+            nonlocal current
             try:
-                result = tried.product(direction)
+                result = current.product(direction)
             except DoubleBackwardError as error:
-                return again(error).product(direction)
+                # For later products too: a difference has since moved v under the first graph.
+                current = again(error)
+                return current.product(direction)
             self._settled = True
             return result
 
