@@ -190,7 +190,7 @@ def draw(results: Results, path: Path) -> None:
         bottom.set_xlabel(group.removeprefix("growth with "))
     axes[0, 0].set_ylabel("ms per step")
     axes[1, 0].set_ylabel("peak of all tensors, MB")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def machine(data: Entry) -> str:
