@@ -66,7 +66,8 @@ def micro(results: Results, absent: dict[str, str]) -> str:
         milliseconds = 1e3 * unit["reference_seconds"]["gradient"]
         parts += [
             f"### {kind}: {unit['parameters']:,} parameters, one gradient {milliseconds:.2g} ms\n",
-            "| one step of | time | time, middle half | FLOPs | saved for backward | peak memory | first step |",
+            "| one step of | time | time, middle half | FLOPs | saved for backward | peak memory "
+            "| first step |",
             "|---|---|---|---|---|---|---|",
         ]
         for name in (ALONE, *methods.METHODS):
