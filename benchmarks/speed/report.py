@@ -66,23 +66,26 @@ def micro(results: Results, absent: dict[str, str]) -> str:
         milliseconds = 1e3 * unit["reference_seconds"]["gradient"]
         parts += [
             f"### {kind}: {unit['parameters']:,} parameters, one gradient {milliseconds:.2g} ms\n",
-            "| one step of | time | time, middle half | FLOPs | saved for backward | peak memory |",
-            "|---|---|---|---|---|---|",
+            "| one step of | time | time, middle half | FLOPs | saved for backward | peak memory "
+            "| first step |",
+            "|---|---|---|---|---|---|---|",
         ]
         for name in (ALONE, *methods.METHODS):
             row = rows.get(name)
             if row is None:
                 continue
             if "error" in row:
-                parts.append(f"| {name} | fails: {row['error'][:150]} | | | | |")
+                parts.append(f"| {name} | fails: {row['error'][:150]} | | | | | |")
                 continue
             low, middle, high = row["ratios"]["gradient"]
             flops = 1.0 if row is unit else against(row, unit, "flops")
             cells = [flops, *(against(row, unit, k) for k in ("saved_bytes", "peak_bytes"))]
+            # The first step's peak over that of later steps of plain training, as the others are.
+            cells.append(row["first_peak_bytes"] / unit["peak_bytes"])
             spread = f"{number(low)} to {number(high)}"
             text = " | ".join([number(middle), spread, *map(number, cells)])
             parts.append(f"| {name} | {text} |")
-        parts += [f"| {name} | not measured: {why} | | | | |" for name, why in absent.items()]
+        parts += [f"| {name} | not measured: {why} | | | | | |" for name, why in absent.items()]
         parts.append("")
     return "\n".join(parts)
 
@@ -190,7 +193,7 @@ def draw(results: Results, path: Path) -> None:
         bottom.set_xlabel(group.removeprefix("growth with "))
     axes[0, 0].set_ylabel("ms per step")
     axes[1, 0].set_ylabel("peak of all tensors, MB")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def machine(data: Entry) -> str:
