@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from _data import default_folder as default_folder
+from _data import mnist as mnist
+from _digits_rows import Problem as Problem
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -17,24 +23,6 @@ BATCH = 200
 # learned weights and filter have used it already. "learned" is tuned for the default optimizer.
 STRENGTH = {"none": 0.1, "all": 0.01, "filter": 0.3, "oracle": 0.1, "learned": 0.03}
 EPOCHS = {"none": 30, "all": 10, "filter": 20, "oracle": 30, "learned": 12}
-
-
-class Problem(NamedTuple):
-    """Images as rows of 784 numbers in [0, 1]; ``labels`` are given, ``truth`` is hidden."""
-
-    images: Tensor
-    labels: Tensor
-    truth: Tensor
-    clean_images: Tensor
-    clean_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    seed: int
-
-    @property
-    def is_right(self) -> Tensor:
-        """Which given labels are the true ones."""
-        return self.labels == self.truth
 
 
 def make_problem(

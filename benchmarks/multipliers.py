@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import _dual_rules as rules
-import _mnist_rows as mnist
+import _mnist_rows as rows
 import digits_l2
 import torch
 from torch import Tensor
@@ -185,8 +185,8 @@ def digits(job: Job) -> End:
 
 def cleaning(job: Job) -> End:
     """Area under the ROC curve of the learned weights, with minibatches."""
-    problem = mnist.make_problem(mnist.load(job.data), job.seed)
-    model = mnist.make_model("linear", job.seed)
+    problem = rows.make_problem(rows.mnist(job.data), job.seed)
+    model = rows.make_model("linear", job.seed)
     logits = torch.zeros(len(problem.labels), requires_grad=True)
     optimizer = PenaltyBilevelOptimizer(
         [logits],
@@ -198,7 +198,7 @@ def cleaning(job: Job) -> End:
     largest = 0.0
     for step in range(1, 401):
         here, there = (
-            torch.randperm(len(labels), generator=generator)[: mnist.BATCH]
+            torch.randperm(len(labels), generator=generator)[: rows.BATCH]
             for labels in (problem.labels, problem.clean_labels)
         )
 
@@ -217,7 +217,7 @@ def cleaning(job: Job) -> End:
         if step % 100 == 0:
             largest = max(largest, float(rules.flat(optimizer.adjoint).norm()))
     cost = optimizer.metrics.gradient_evaluations / 400
-    return End(mnist.score(logits.detach().sigmoid(), problem)["auc"], cost, False, largest)
+    return End(rows.score(logits.detach().sigmoid(), problem)["auc"], cost, False, largest)
 
 
 def run(job: Job) -> End:
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, default=3, help="of the analytic problems (3)")
-    parser.add_argument("--data", type=Path, default=mnist.default_folder(), help="of MNIST")
+    parser.add_argument("--data", type=Path, default=rows.default_folder("mnist"), help="of MNIST")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
     options = parser.parse_args()
     jobs = [

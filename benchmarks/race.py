@@ -34,10 +34,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from _data import default_folder, mnist
-from _mnist_rows import Problem, accuracy, baselines, make_problem, score
+from _mnist_rows import (
+    Problem,
+    accuracy,
+    baselines,
+    default_folder,
+    make_problem,
+    mnist,
+    score,
+)
 from _race_methods import METHODS, Rates, Task
 from _race_report import draw, print_tables
 from _record import Line, Record

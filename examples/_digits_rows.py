@@ -18,7 +18,7 @@ WARMUP = 100  # lower steps of torchopt's row before its first upper step
 
 
 class Problem(NamedTuple):
-    """Images as rows of 64 numbers; ``labels`` are what we are given, ``truth`` is hidden."""
+    """Images as rows of numbers in [0, 1]; ``labels`` are given, ``truth`` is hidden."""
 
     images: Tensor
     labels: Tensor

@@ -1,21 +1,17 @@
 """The examples' problems against dense algebra, and the programs themselves, small."""
 
 import math
-import pathlib
 import sys
 
+import _l2_problem
+import equilibrium_mnist as equilibrium
 import numpy as np
 import pytest
 import torch
+import tune_l2
 from scipy.sparse import csr_matrix
 
 from torch_penalty_bilevel import HypergradientOptimizer
-
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-sys.path.append(str(EXAMPLES))
-import _l2_problem  # noqa: E402
-import equilibrium_mnist as equilibrium  # noqa: E402
-import tune_l2  # noqa: E402
 
 
 def words(samples=120, features=30, classes=3, seed=0):
