@@ -357,6 +357,21 @@ def test_half_space_below_closed_form_9(offset, curvature):
     assert [t.shape for t in optimizer.adjoint] == [v.shape]
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_guard_sees_the_curvature_of_the_ascending_system(weight):
+    """q ascends along z, so its curvature is q_v' (I + w aa') q_v: a' q_v q_z cancels. Without the
+    change of sign a saddle would pass for negative curvature, or hide it."""
+    u, v, optimizer, *_ = half_space(weight=weight)
+    q_v, q_z = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-5.0])
+    before = optimizer._dual.scalars["signed_curvature"]
+    optimizer._dual = optimizer._dual._replace(multiplier=(q_v, q_z))
+    a, t = torch.tensor([0.6, 0.8, 0.0]), torch.tensor([0.2, 0.5, -0.1])
+    optimizer.lower_step(lambda: 0.5 * (v - t).square().sum(), lambda: g8(u, v))
+    seen = (optimizer._dual.scalars["signed_curvature"] - 0.9 * before) / 0.1
+    expected = float(q_v @ q_v + weight * (a @ q_v) ** 2)
+    assert seen == pytest.approx(expected, rel=1e-9)
+
+
 def test_weight_and_rate_change_the_path_and_not_the_solution():
     starts = [half_space(steps=10, weight=w, rate=r)[1] for w, r in ((1, 0.1), (3, 0.1), (1, 0.5))]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(starts, 2))

@@ -13,7 +13,7 @@ import warnings
 
 from ..errors import BilevelWarning
 
-START = {"restarts": 0.0, "warned": 0.0}
+START = {"warned": 0.0}
 """What the watch remembers in a rule's scalars."""
 
 _PATIENCE = 100
@@ -45,8 +45,7 @@ def restarted(scalars: dict[str, float]) -> dict[str, float]:
         f"||grad_v f + H q|| has grown to {_ratio(scalars):.2g} times ||grad_v f||: the multiplier "
         "diverged and restarts from zero. Lower the learning rates; is g bounded below in v?"
     )
-    fresh = {"adjoint_square": scalars["slope_square"], "restarts": scalars["restarts"] + 1}
-    return scalars | fresh | {"warned": 1.0}
+    return scalars | {"adjoint_square": scalars["slope_square"], "warned": 1.0}
 
 
 def _exceeds(scalars: dict[str, float], steps: int, times: float) -> bool:
