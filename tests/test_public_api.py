@@ -140,7 +140,8 @@ LAYERS = {
     "metrics": {"evaluation"},
     "dual": {"evaluation", "moments", "tensors"},
     "multipliers": {"choices", "dual", "errors", "evaluation", "tensors"},
-    "curvature": {"choices", "errors", "graph", "in_place", "randomness", "tensors"},
+    "repeats": {"errors"},
+    "curvature": {"choices", "errors", "graph", "in_place", "randomness", "repeats", "tensors"},
     "penalties": {
         "choices",
         "curvature",
@@ -151,6 +152,7 @@ LAYERS = {
         "in_place",
         "multipliers",
         "randomness",
+        "repeats",
         "tensors",
     },
     "closures": {"buffers", "constraints", "curvature", "levels", "penalties", "tensors"},
@@ -177,6 +179,7 @@ LAYERS = {
         "linear_solve",
         "penalties",
         "randomness",
+        "repeats",
         "tensors",
     },
     "functional": {

@@ -8,9 +8,9 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from ..errors import NondeterministicClosureError
 from ..in_place import restored
 from ..randomness import RandomState
+from ..repeats import check_repeats
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, scale
 from .double_backward import first_order
 from .protocol import Linearised, Loss
@@ -25,6 +25,11 @@ _RELATIVE_STEP = {
     torch.bfloat16: (6e-2, 6e-2),
     torch.float16: (3e-2, 3e-2),
 }
+
+_NEEDS_REPETITION = (
+    "A finite difference needs the same data twice: draw the batch outside the closure, or use "
+    'curvature="double_backward", which evaluates it once.'
+)
 
 
 class FiniteDifference:
@@ -108,14 +113,7 @@ class FiniteDifference:
     def _check_repeats(self, loss: Loss, at: Pair, value: Tensor, random: RandomState) -> None:
         with random.replayed():
             again = loss(at.upper, at.lower).detach()
-        tolerance = torch.finfo(value.dtype).eps ** 0.5
-        if not torch.allclose(value, again, rtol=tolerance, atol=tolerance, equal_nan=True):
-            raise NondeterministicClosureError(
-                f"the lower closure returned {value.item():.9g} and, called again at the same "
-                f"point with the same random numbers, {again.item():.9g}. A finite difference "
-                "needs the same data twice: draw the batch outside the closure, or use "
-                'curvature="double_backward", which evaluates it once.'
-            )
+        check_repeats(value, again, _NEEDS_REPETITION)
         self._closure_repeats = True
 
 

@@ -9,10 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import NondeterministicClosureError
 from ..randomness import RandomState
+from ..repeats import check_repeats
 from ..tensors import OptionalTensors, Tensors, add, cast_like, clones, scale, sum_of_optional
 from .problem import Problem
+
+_NEEDS_REPETITION = (
+    "Reverse mode repeats lower steps on the same data: draw batches by torch's, numpy's or "
+    "Python's global random generator inside the closure, or outside of it for the whole step"
+)
 
 
 class Visit(NamedTuple):
@@ -84,20 +89,9 @@ def pull_back(
         random = contextlib.nullcontext() if visit.random is None else visit.random.replayed()
         with problem.lower_at(visit.lower), random:
             linear = problem.linearise()
-            _check_repeats(visit.loss, linear.loss)
+            check_repeats(visit.loss, linear.loss, _NEEDS_REPETITION)
             step = tuple(-eta * a for eta, a in zip(visit.step_sizes, carried, strict=True))
             through_upper, change = linear.both(step)
         indirect = sum_of_optional(indirect, through_upper)
         carried, adjoint = add(carried, change), add(adjoint, step)
     return indirect, adjoint
-
-
-def _check_repeats(before: Tensor, again: Tensor) -> None:
-    tolerance = torch.finfo(before.dtype).eps ** 0.5
-    if not torch.allclose(before, again, rtol=tolerance, atol=tolerance):
-        raise NondeterministicClosureError(
-            f"the lower closure returned {before.item():.9g} in a lower step and, repeated at the "
-            f"same point with the same random numbers, {again.item():.9g}. Reverse mode repeats "
-            "lower steps on the same data: draw batches by torch's, numpy's or Python's global "
-            "random generator inside the closure, or outside of it for the whole step"
-        )

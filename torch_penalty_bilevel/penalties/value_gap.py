@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..curvature import Curvature, Loss, VectorJacobian
 from ..dual import DualState, MultiplierRule
-from ..errors import NondeterministicClosureError
 from ..evaluation import Evaluation, Norms
 from ..in_place import replaced
 from ..randomness import RandomState
+from ..repeats import check_repeats
 from ..tensors import (
     OptionalPair,
     OptionalTensors,
@@ -28,6 +28,11 @@ from ..tensors import (
     zeros_for,
 )
 from .protocol import Losses, Reduce
+
+_NEEDS_REPETITION = (
+    "The value gap needs the same data twice: draw the batch outside the closure, or use "
+    'penalty="stationarity"'
+)
 
 
 class ValueGap(MultiplierRule):
@@ -140,7 +145,7 @@ class ValueGap(MultiplierRule):
         with random.replayed():
             value_there, there = _gradient_at(losses.lower, at, tracker, curvature)
         if state.steps == 0:  # z = v
-            _check_repeats(value, value_there)
+            check_repeats(value, value_there, _NEEDS_REPETITION)
         difference = OptionalPair(_minus(here.upper, there.upper), ())
         upper = tuple(
             sum_of_present(f, None if d is None else weight * d)
@@ -239,16 +244,6 @@ def _gradient_at(
         return curvature.gradient(loss, Pair(at.upper, tracker))
     with replaced(at.lower, tracker):
         return curvature.gradient(loss, at)
-
-
-def _check_repeats(value: Tensor, again: Tensor) -> None:
-    tolerance = torch.finfo(value.dtype).eps ** 0.5
-    if not torch.allclose(value, again, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise NondeterministicClosureError(
-            f"the lower closure returned {value.item():.9g} and, called again at the same point "
-            f"with the same random numbers, {again.item():.9g}. The value gap needs the same data "
-            'twice: draw the batch outside the closure, or use penalty="stationarity"'
-        )
 
 
 def _minus(left: OptionalTensors, right: OptionalTensors) -> OptionalTensors:
