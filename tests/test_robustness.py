@@ -235,6 +235,25 @@ def test_a_hypergradient_of_exactly_zero_is_named_once():
         optimizer.step(task.upper, blind)
 
 
+def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():
+    """Features of u computed once, as users do who take many lower steps: u is not in the losses."""
+    u, v = leaf(1), leaf(1)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.1, allow_unused=True)
+
+    def upper_loss(u=u):
+        return (v - 1 - u).square().sum()
+
+    def lower_loss(u=u):
+        return (v - u - 2).square().sum()
+
+    optimizer.step(upper_loss, lower_loss)  # looks at what the losses depend on
+    fixed = u.detach().clone()
+    for _ in range(6):  # warnings are errors here
+        optimizer.lower_step(lambda: upper_loss(fixed), lambda: lower_loss(fixed))
+    optimizer.step(upper_loss, lower_loss)
+    assert u.grad.item() != 0
+
+
 # All or nothing.
 
 
