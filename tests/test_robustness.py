@@ -236,7 +236,7 @@ def test_a_hypergradient_of_exactly_zero_is_named_once():
 
 
 def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():
-    """Features of u computed once, as users do who take many lower steps: u is not in the losses."""
+    """What depends on u alone is computed once for many lower steps: no loss then sees u."""
     u, v = leaf(1), leaf(1)
     optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.1, allow_unused=True)
 
