@@ -173,7 +173,6 @@ def methods_of(
         damping: by ours.
         curvature: of our optimizers.
     """
-    few, more = grid.lower_steps
 
     def method(start: Callable[..., Step], group: str, **options: Any) -> Method:
         return Method(partial(start, **options), group, grid.lower_steps, grid.lower)
@@ -198,6 +197,7 @@ def methods_of(
         "torchopt CG 5": by_cg(5),
         "torchopt CG 20": by_cg(20),
         "torchopt Neumann 10": method(implicit, "peer", solve=_neumann),
-        f"higher unrolled {few}": method(unrolled, "peer")._replace(lower_steps=(few,)),
-        f"higher unrolled {more}": method(unrolled, "peer")._replace(lower_steps=(more,)),
+    } | {
+        f"higher unrolled {steps}": method(unrolled, "peer")._replace(lower_steps=(steps,))
+        for steps in sorted(grid.lower_steps)
     }

@@ -36,7 +36,7 @@ from _record import Line
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, normalize
 
-GRID = Grid(lower=(0.03, 0.1), gradient=(1.0, 3.0), upper=(3e-3, 1e-2), lower_steps=(5, 20))
+GRID = Grid(lower=(0.03, 0.1), gradient=(1.0, 3.0), upper=(3e-3, 1e-2), lower_steps=(5, 1, 20))
 WAYS, QUERIES, TASKS = 5, 5, 4
 CHANNELS, SCALE, DECAY = 32, 5.0, 0.5
 TRAINING, TEST_TASKS = 800, 1000

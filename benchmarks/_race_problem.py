@@ -81,7 +81,7 @@ class Grid(NamedTuple):
     gradient: tuple[float, ...]
     """In the place of those, for methods whose rule for v is plain gradient descent."""
     upper: tuple[float, ...]
-    lower_steps: tuple[int, int]
+    lower_steps: tuple[int, ...]
 
 
 Step = Callable[[], None]

@@ -13,7 +13,7 @@ Every method is tuned alike on seed 100, which is not among those reported: the 
 GRIDS
 
 The rates are Adam's; those of "reverse", which takes gradient steps on v, are the second row. All
-pairs are tried with the first number of v-steps per u-step, then the best pair with the second
+pairs are tried with the first number of v-steps per u-step, then the best pair with the others
 ("higher" keeps its own number). All methods start from the same v and u. The clock runs during
 training only; it is the CPU time of the process, which other jobs on the machine disturb less than
 wall time (also recorded).
@@ -67,7 +67,7 @@ class Length(NamedTuple):
 LENGTHS = {
     "mnist": Length(15.0, 8.0, 5.0, 5),
     "l2": Length(12.0, 4.0, 3.0, 3),
-    "omniglot": Length(15.0, 4.0, 4.0, 3),
+    "omniglot": Length(12.0, 3.0, 3.0, 3),
 }
 
 
