@@ -28,7 +28,7 @@ from _l2_problem import GLOBAL_WEIGHTS, Problem, lower_loss, make_problem, one_w
 
 # The least u is that of the example, too.
 FEATURES, POSTS, LEAST = 2000, 4000, -4.0
-GRID = Grid(lower=(0.1, 0.3), gradient=(0.5, 1.0), upper=(0.1, 0.3), lower_steps=(1, 10))
+GRID = Grid(lower=(0.1, 0.3), gradient=(0.5, 1.0), upper=(0.1, 0.3), lower_steps=(1, 10, 40))
 
 
 class Coefficients(nn.Module):

@@ -170,6 +170,32 @@ def test_unrolled_row_is_the_derivative_of_its_own_adam_steps(start, which):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+def test_omniglot_losses_task_by_task():
+    task = omniglot_task()
+    before = task.support
+    task.lower[0].data.normal_()
+    task.begin()
+    assert not torch.equal(task.support, before)
+    assert not task.lower[0].any()
+    heads = task.lower[0].data.normal_()
+    upper, lower = torch.zeros(()), torch.zeros(())
+    for number, head in enumerate(heads):
+        for character in range(_race_omniglot.WAYS):
+            place = number * _race_omniglot.WAYS + character
+            for count, image in enumerate([task.support[place], *task.query.split(5)[place]]):
+                phi = task.network(image[None])[0]
+                phi = _race_omniglot.SCALE * phi / phi.norm()
+                loss = -(head @ phi).log_softmax(0)[character] / _race_omniglot.WAYS
+                if count:
+                    upper = upper + loss / _race_omniglot.QUERIES / _race_omniglot.TASKS
+                else:
+                    lower = lower + loss / _race_omniglot.TASKS
+        lower = lower + _race_omniglot.DECAY / 2 * head.square().sum() / _race_omniglot.TASKS
+    # Sums in another order: rounding.
+    torch.testing.assert_close(task.upper_loss(), upper, rtol=1e-12, atol=0)
+    torch.testing.assert_close(task.lower_loss(), lower, rtol=1e-12, atol=0)
+
+
 def test_holding_the_upper_level_changes_cost_only():
     task = omniglot_task()
     with torch.no_grad():
