@@ -24,6 +24,11 @@ def check_count(name: str, value: Any, at_least: int) -> None:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
 
 
+_INDEPENDENT = (
+    "the lower loss does not depend on any lower parameter; are the two closures swapped?"
+)
+
+
 class Dependence(NamedTuple):
     """For each upper parameter: is it in the graph of f, and in that of the residual r?"""
 
@@ -31,8 +36,13 @@ class Dependence(NamedTuple):
     residual: list[bool]
 
 
-def dependence(losses: Losses, at: Pair, lower_is_map: bool) -> Dependence:
+def dependence(
+    losses: Losses, at: Pair, lower_is_map: bool, *, differentiates_twice: bool = True
+) -> Dependence:
     """Look through the graphs of f and r for the upper parameters.
+
+    With ``differentiates_twice=False`` through that of g in the place of r: it takes the memory of
+    one plain gradient, but does not see that r lacks what is a mere summand of g.
 
     Raises:
         ValueError: g does not depend on the lower parameters.
@@ -41,12 +51,23 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool) -> Dependence:
     refuse_reentrant_checkpoint(upper_loss)
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
-    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
+    if lower_is_map:
+        residual = list(losses.lower(*at))
+    elif differentiates_twice:
+        residual = _residual(losses.lower, at)
+    else:
+        residual = [_depending(losses.lower, at)]
     return Dependence(in_upper_loss, graph.reached(residual, at.upper))
 
 
 def check_dependence(
-    losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool, lower_is_map: bool
+    losses: Losses,
+    at: Pair,
+    names: Sequence[str],
+    allow_unused: bool,
+    lower_is_map: bool,
+    *,
+    differentiates_twice: bool = True,
 ) -> None:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
@@ -57,7 +78,7 @@ def check_dependence(
         ValueError: g does not depend on the lower parameters.
     """
     random = RandomState(p.device for p in (*at.upper, *at.lower))
-    found = dependence(losses, at, lower_is_map)
+    found = dependence(losses, at, lower_is_map, differentiates_twice=differentiates_twice)
     random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name
@@ -87,10 +108,17 @@ def _residual(lower: Loss, at: Pair) -> list[Tensor]:
         )
     residual = [r for r in slopes if r is not None]
     if not residual:
-        raise ValueError(
-            "the lower loss does not depend on any lower parameter; are the two closures swapped?"
-        )
+        raise ValueError(_INDEPENDENT)
     return residual
+
+
+def _depending(lower: Loss, at: Pair) -> Tensor:
+    """G with its graph, once it depends on v."""
+    loss = lower(*at)
+    refuse_reentrant_checkpoint(loss)
+    if not any(graph.reached([loss], at.lower)):
+        raise ValueError(_INDEPENDENT)
+    return loss
 
 
 def raise_unused(names: Sequence[str], direct_only: bool = False) -> None:
