@@ -10,23 +10,18 @@ import torch
 from torch import Tensor
 
 from . import graph
-from .curvature import Loss
+from .curvature import Curvature, Loss, takes_differences
 from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .randomness import RandomState
-from .tensors import OptionalTensors, Pair
+from .tensors import OptionalTensors, Pair, cast_like, norm
 
 
 def check_count(name: str, value: Any, at_least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
-
-
-_INDEPENDENT = (
-    "the lower loss does not depend on any lower parameter; are the two closures swapped?"
-)
 
 
 class Dependence(NamedTuple):
@@ -36,13 +31,11 @@ class Dependence(NamedTuple):
     residual: list[bool]
 
 
-def dependence(
-    losses: Losses, at: Pair, lower_is_map: bool, *, differentiates_twice: bool = True
-) -> Dependence:
-    """Look through the graphs of f and r for the upper parameters.
+def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) -> Dependence:
+    """Which upper parameters f and r depend on.
 
-    With ``differentiates_twice=False`` through that of g in the place of r: it takes the memory of
-    one plain gradient, but does not see that r lacks what is a mere summand of g.
+    By their graphs. That of r holds twice the activations of a plain gradient; where the
+    engine takes differences, and need not, it is made only if a difference finds no dependence.
 
     Raises:
         ValueError: g does not depend on the lower parameters.
@@ -51,13 +44,19 @@ def dependence(
     refuse_reentrant_checkpoint(upper_loss)
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
-    if lower_is_map:
-        residual = list(losses.lower(*at))
-    elif differentiates_twice:
-        residual = _residual(losses.lower, at)
-    else:
-        residual = [_depending(losses.lower, at)]
+    if takes_differences(engine) and not lower_is_map:
+        responds = _responds(losses.lower, at, engine)
+        if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
+            return Dependence(in_upper_loss, responds)
+    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
     return Dependence(in_upper_loss, graph.reached(residual, at.upper))
+
+
+def _responds(lower: Loss, at: Pair, engine: Curvature) -> list[bool]:
+    """Is J r anything but exactly zero? If so, r depends on the parameter."""
+    linearised = engine.linearise(lower, at)
+    through = linearised.product(cast_like(linearised.residual, at.lower)).upper
+    return [part is not None and float(norm([part])) != 0 for part in through]
 
 
 def check_dependence(
@@ -66,8 +65,7 @@ def check_dependence(
     names: Sequence[str],
     allow_unused: bool,
     lower_is_map: bool,
-    *,
-    differentiates_twice: bool = True,
+    engine: Curvature,
 ) -> None:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
@@ -78,7 +76,7 @@ def check_dependence(
         ValueError: g does not depend on the lower parameters.
     """
     random = RandomState(p.device for p in (*at.upper, *at.lower))
-    found = dependence(losses, at, lower_is_map, differentiates_twice=differentiates_twice)
+    found = dependence(losses, at, lower_is_map, engine)
     random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name
@@ -108,17 +106,10 @@ def _residual(lower: Loss, at: Pair) -> list[Tensor]:
         )
     residual = [r for r in slopes if r is not None]
     if not residual:
-        raise ValueError(_INDEPENDENT)
+        raise ValueError(
+            "the lower loss does not depend on any lower parameter; are the two closures swapped?"
+        )
     return residual
-
-
-def _depending(lower: Loss, at: Pair) -> Tensor:
-    """G with its graph, once it depends on v."""
-    loss = lower(*at)
-    refuse_reentrant_checkpoint(loss)
-    if not any(graph.reached([loss], at.lower)):
-        raise ValueError(_INDEPENDENT)
-    return loss
 
 
 def raise_unused(names: Sequence[str], direct_only: bool = False) -> None:

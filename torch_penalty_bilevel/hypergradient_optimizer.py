@@ -211,15 +211,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
         if not self._dependence_checked:
-            twice = not engines.takes_differences(self.curvature)
-            check_dependence(
-                losses,
-                point,
-                names,
-                self.allow_unused,
-                self.lower_is_map,
-                differentiates_twice=twice,
-            )
+            unused, engine = self.allow_unused, self.curvature
+            check_dependence(losses, point, names, unused, self.lower_is_map, engine)
             self._dependence_checked = True
         place = f"in step {number + 1}; nothing was changed"
         is_map, engine = self.lower_is_map, self.curvature

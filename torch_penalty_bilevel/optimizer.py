@@ -312,10 +312,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at = self._sets.extended(at)
         if not self._dependence_checked:
             is_map = self.penalty.lower_is_map
-            twice = not engines.takes_differences(self.curvature)
-            check_dependence(
-                losses, at, names, self.allow_unused, is_map, differentiates_twice=twice
-            )
+            check_dependence(losses, at, names, self.allow_unused, is_map, self.curvature)
             self._dependence_checked = True
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
