@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import minimize
-from test_torch_contract import Task
+from tasks import Task
 
 from torch_penalty_bilevel import (
     LeastSquares,

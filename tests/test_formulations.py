@@ -8,8 +8,8 @@ import pytest
 import torch
 from oracles import FixedPointTwin, ValueGapTwin, exact_hypergradient, map_derivatives
 from problems import normal
-from test_robustness import assert_unchanged, everything
-from test_step import PROBLEMS, A, C, build, closures, quadratic_f, quadratic_g, start
+from stepping import PROBLEMS, A, C, build, closures, quadratic_f, quadratic_g, start
+from tasks import assert_unchanged, everything
 from torch import nn
 
 from torch_penalty_bilevel import (

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from oracles import derivatives, exact_hypergradient
 from problems import normal, spd
 from scipy.stats import spearmanr
-from test_robustness import assert_unchanged, everything, noisy_task
-from test_step import PROBLEMS, build, closures, start
-from test_torch_contract import Task
+from stepping import PROBLEMS, build, closures, start
+from tasks import Task, assert_unchanged, everything, noisy_task
 from torch import nn
 from torch.nn import functional as F
 
