@@ -1,6 +1,7 @@
-"""What the tests of a step share: two problems of one vector in each level, and an optimizer."""
+"""What the tests of a step share: problems of one vector in each level, and an optimizer."""
 
 import torch
+from problems import normal
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
 
@@ -45,3 +46,27 @@ def closures(name, u, v, curvature):
             lambda upper, lower: g(upper[0], lower[0])
         )
     return (lambda: f(u, v)), (lambda: g(u, v))
+
+
+LIVE = ["auto", "double_backward"]
+W = normal(4, 4, seed=31)
+W = 0.8 * W / torch.linalg.matrix_norm(W, 2)
+
+
+def curved_phi(u, v):
+    return torch.tanh(W @ v + u @ C)
+
+
+def target_f(u, v):
+    return ((v - 0.2) ** 2).sum() + 0.1 * u @ u + 0.3 * u.sum() * v[0]
+
+
+def wrap(f, phi, u, v, curvature):
+    """Two callables for ``step``."""
+    if curvature == "functional":
+        return (lambda a, b: f(a[0], b[0])), (lambda a, b: (phi(a[0], b[0]),))
+    return (lambda: f(u, v)), (lambda: (phi(u, v),))
+
+
+def close(mine, theirs, tolerance=1e-11):
+    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)

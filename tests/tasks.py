@@ -53,6 +53,50 @@ def noisy_task(**options):
     return task
 
 
+class Net:
+    """A network with dropout and BatchNorm, per-sample weights, a batch drawn per step."""
+
+    def __init__(self, penalty="value", **options):
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1)
+        )
+        self.x, self.y = torch.randn(24, 3), torch.randn(24, 1)
+        self.weights = torch.zeros(16, requires_grad=True)
+        self.optimizer = PenaltyBilevelOptimizer(
+            [self.weights],
+            self.net.parameters(),
+            penalty=penalty,
+            upper_lr=0.05,
+            lower_lr=0.02,
+            **options,
+        )
+        self.batch, self.seen = torch.arange(16), []
+
+    def upper(self):
+        return (self.net(self.x[16:]) - self.y[16:]).square().mean()
+
+    def lower(self):
+        hook = self.net[4].register_forward_pre_hook(
+            lambda module, inputs: self.seen.append(
+                (inputs[0] == 0, module.weight.detach().clone())
+            )
+        )
+        each = (self.net(self.x[self.batch]) - self.y[self.batch]).square().squeeze(1)
+        hook.remove()
+        decay = sum(p.square().sum() for p in self.net.parameters())
+        return (self.weights[self.batch].sigmoid() * each).mean() + 0.01 * decay
+
+    def point(self):
+        return torch.cat([p.detach().reshape(-1) for p in (self.weights, *self.net.parameters())])
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.batch = torch.randint(16, (8,))
+            self.optimizer.step(self.upper, self.lower)
+        return self
+
+
 def everything(task):
     """All that a step may touch, by value."""
     state = task.optimizer.state_dict()
