@@ -1,4 +1,4 @@
-"""What the tests of ``testing`` share: its problems, their constraints, points of the upper level."""
+"""What the tests of ``testing`` share: its problems, their constraints, points above."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Operations without a second derivative, or with a wrong one: refused, avoided, or switched from."""
+"""Operations without a second derivative, or with a wrong one: refused, avoided, switched from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch_penalty_bilevel.curvature import (
 )
 from torch_penalty_bilevel.tensors import Pair
 
+# What DoubleBackwardError must name.
 TRAPS = {
     "transformer": "_scaled_dot_product_flash_attention_for_cpu_backward",
     "weight_norm": "weight_norm",
