@@ -1,4 +1,4 @@
-"""What the tests of ``HypergradientOptimizer`` share: a dense quadratic and a run over it."""
+"""What the tests of hypergradients share: the methods, a dense quadratic and a live run over it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 from torch_penalty_bilevel import HypergradientOptimizer
 
 SOLVERS = ("cg", "cg_normal", "neumann", "fixed_point", "stochastic", "approx_grad")
+
+
+UNROLLED = ("reverse", "forward")
+
+
 METHODS = (*SOLVERS, "reverse", "one_step", "alternating")
 
 
