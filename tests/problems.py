@@ -136,6 +136,14 @@ class Quadratic:
         return self.f_upper(at) + self.C @ self.adjoint(at, damping)
 
 
+EXACT = {"rtol": 1e-10, "atol": 1e-12}  # rounding of a few hundred float64 operations
+
+
+def quadratic_pair() -> tuple[Quadratic, Pair, tuple[Tensor, ...]]:
+    problem = Quadratic.random(seed=1)
+    return problem, problem.point(), split(normal(7, seed=99), problem.lower_shapes)
+
+
 # 2, 3, 10 of the project's list, each solved for v at a fixed u.
 
 
