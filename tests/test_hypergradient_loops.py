@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 from hypergradient_runs import METHODS, SOLVERS, Run
-from problems import normal
 from torch import Tensor
 from torch.testing import assert_close
 
-from torch_penalty_bilevel import HypergradientOptimizer
 from torch_penalty_bilevel.constraints import Box
 
 
@@ -152,45 +150,3 @@ def test_projected_hypergradient_descent_ends_at_a_constrained_solution() -> Non
     moved = (u - run.problem.exact(u)).clamp(-2, 2)
     assert_close(moved, u, rtol=0, atol=1e-8)
     assert bool((u.abs() == 2).any())
-
-
-def test_stochastic_bilevel_gradient_with_and_without_warm_start() -> None:
-    """BSGM on batches: with a warm start and decreasing steps the iterates settle near u*."""
-    X, noise = normal(200, 4, seed=1), normal(200, 4, seed=2)
-    target, C = normal(4, seed=3), normal(3, 4, seed=4)
-
-    def run(warm: bool, steps: int, T: int) -> float:
-        torch.manual_seed(0)
-        u, v = torch.zeros(3, requires_grad=True), torch.zeros(4, requires_grad=True)
-        rules = torch.optim.SGD([u], lr=0.1), torch.optim.SGD([v], lr=0.1)
-        optimizer = HypergradientOptimizer(
-            *rules, method="stochastic", lower_steps=T, inner_iterations=T, warm_start=warm
-        )
-        # Without a warm start v has as far to go in every step: only u's steps decrease.
-        decreasing = optimizer if warm else optimizer.upper
-        scheduler = torch.optim.lr_scheduler.LambdaLR(decreasing, lambda k: 20 / (20 + k))
-
-        def g() -> Tensor:
-            rows = torch.randint(0, 200, (16,))
-            fit = ((v - noise[rows]).square() * X[rows].square()).sum(1).mean() / 2
-            return fit + v.square().sum() / 2 - u @ C @ v
-
-        def f() -> Tensor:
-            rows = torch.randint(0, 200, (16,))
-            return (v - target - noise[rows]).square().sum(1).mean() / 2 + u.square().sum() / 2
-
-        for _ in range(steps):
-            optimizer.step(f, g)
-            scheduler.step()
-        # The closed form: diagonal lower Hessian D, v* = D^{-1}(s + C'u).
-        D = X.square().mean(0) + 1
-        s, goal = (X.square() * noise).mean(0), target + noise.mean(0)
-        S = C / D
-        best = torch.linalg.solve(torch.eye(3) + S @ S.T, S @ (goal - s / D))
-        return float((u.detach() - best).norm() / best.norm())
-
-    warm, cold, hasty = run(True, 600, 1), run(False, 100, 30), run(False, 100, 1)
-    # Noise of batches of 16 with steps down to 1/30 of 0.1, or 30 steps of 0.1 from zero.
-    assert warm < 0.15
-    assert cold < 0.15
-    assert hasty > 2 * max(warm, cold)  # one step from zero: biased towards v = 0, q = 0
