@@ -25,7 +25,6 @@ ENGINES: dict[str, Callable[[], Any]] = {
     "central": FiniteDifference,
     "forward": lambda: FiniteDifference(central=False),
 }
-EXACT = ("double_backward", "auto", "functional")
 LIVE = ("double_backward", "auto", "central", "forward")
 
 # Relative error of a product in float64. Exact engines: rounding. Differences of gradients with

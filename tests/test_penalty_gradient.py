@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from problems import EXACT, Quadratic, join, net_problem, normal, quadratic_pair, split
+from networks import net_problem
+from problems import EXACT, Quadratic, join, normal, quadratic_pair, split
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
