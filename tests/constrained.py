@@ -32,5 +32,6 @@ def in_set(name, x, tolerance):
     return bool((x.norm(dim=1) <= 0.8 + tolerance).all())
 
 
-def g8(u, v):
+def follow(u, v):
+    """The lower loss whose solution is v = u."""
     return 0.5 * (v - u).square().sum()

@@ -54,7 +54,7 @@ def leaves(tensors: Sequence[Tensor]) -> Tensors:
     return tuple(t.detach().clone().requires_grad_() for t in tensors)
 
 
-# 1. The quadratic: everything in closed form, each level over two tensors of other shapes.
+# The quadratic: everything in closed form, each level over two tensors of other shapes.
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def quadratic_pair() -> tuple[Quadratic, Pair, tuple[Tensor, ...]]:
     return problem, problem.point(), split(normal(7, seed=99), problem.lower_shapes)
 
 
-# 2, 3, 10 of the project's list, each solved for v at a fixed u.
+# Problems that are solved for v at a fixed u.
 
 
 class Oracle(NamedTuple):

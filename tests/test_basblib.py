@@ -119,7 +119,7 @@ def test_known_optima_of_basblib(name):
 def test_the_table_of_optima_is_right(name):
     """Brute force: the lower problem on a grid of y for a grid of x, then the best feasible pair.
 
-    Only solutions in the start's basin count where the table says so (cw_1990_02 is global).
+    The grid is a window around the table's point: 4 on both sides in x, 8 in y.
     """
     problem = BASBLIB[name]
     (xl, xh), (yl, yh) = problem["boxes"]

@@ -116,7 +116,7 @@ def test_relative_step_has_an_effect_and_is_checked() -> None:
 
 
 @pytest.mark.parametrize("central", [True, False])
-def test_restored_by_copy(central: bool) -> None:
+def test_parameters_are_restored_bit_equally(central: bool) -> None:
     """Subtracting the shift again leaves a few entries in a thousand an ulp off."""
     v = normal(10_000, seed=1).float().requires_grad_()
     before = v.detach().clone()

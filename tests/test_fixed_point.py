@@ -76,8 +76,8 @@ def test_fixed_point_takes_the_rules_of_stationarity_and_leaves_them_as_they_wer
 
 
 @pytest.mark.parametrize("curvature", ["auto", "functional"])
-def test_tanh_equilibrium(curvature):
-    """Problem 11: z = tanh(Wz + Uu), n = 8, non-symmetric; dF = (DU)' (I - DW)^-T grad_z f."""
+def test_hypergradient_and_solution_of_a_tanh_equilibrium(curvature):
+    """z = tanh(Wz + Uu), n = 8, non-symmetric; dF = (DU)' (I - DW)^-T grad_z f."""
     n, m = 8, 5
     weight, inject = normal(n, n, seed=41), 0.5 * normal(n, m, seed=42)
     weight = 0.9 * weight / torch.linalg.matrix_norm(weight, 2)

@@ -52,9 +52,17 @@ def test_maps_of_several_tensors_in_every_spelling():
         close(other, results[0], 1e-14)
 
 
-def test_a_lone_tensor_and_a_frozen_parameter():
-    u, v, optimizer = build(*start(), penalty="fixed_point")
-    optimizer.step(lambda: target_f(u, v), lambda: curved_phi(u, v))
+def test_a_lone_tensor_is_a_map_of_one_parameter():
+    ends = []
+    for spelling in (lambda image: image, lambda image: (image,)):
+        u, v, optimizer = build(*start(), penalty="fixed_point")
+        for _ in range(3):
+            optimizer.step(lambda: target_f(u, v), lambda: spelling(curved_phi(u, v)))  # noqa: B023
+        ends.append(torch.cat([u.detach(), v.detach()]))
+    assert torch.equal(*ends)
+
+
+def test_frozen_parameters_are_left_out_of_a_map():
     frozen = torch.ones(2)
     u, v = (t.requires_grad_() for t in start())
     both = PenaltyBilevelOptimizer([u], [frozen.requires_grad_(), v], penalty="fixed_point")

@@ -100,7 +100,7 @@ def test_counts_may_grow_with_the_step() -> None:
         run.step()
 
 
-def test_linear_optimizer() -> None:
+def test_approx_grad_by_adam_comes_as_near_as_its_steps_are_long() -> None:
     """ApproxGrad with Adam, whose steps stay about lr long: it comes that near."""
     lr = 2e-3
     make = lambda q: torch.optim.Adam(q, lr=lr)  # noqa: E731

@@ -93,7 +93,7 @@ def test_metrics_are_the_truth(method: str) -> None:
         ("stochastic", {"inner_iterations": 2, "samples": 3}, 4 + 2 * 9 + 2 * 3 + 1),
     ],
 )
-def test_gradient_evaluations(method: str, options: Any, count: int) -> None:
+def test_gradient_evaluations_are_counted(method: str, options: Any, count: int) -> None:
     run = Run(method=method, lower_steps=2, **options)
     run.step()
     assert run.optimizer.metrics.gradient_evaluations == count
@@ -156,7 +156,7 @@ def test_reduce_averages_everything() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
-def test_lower_precision(method: str, dtype: torch.dtype) -> None:
+def test_lower_precision_follows_float64(method: str, dtype: torch.dtype) -> None:
     exact, low = Run(method=method, lower_steps=3), Run(method=method, lower_steps=3)
     exact.step()
     u, v = (t.detach().to(dtype).requires_grad_() for t in (normal(3, seed=8), normal(4, seed=9)))

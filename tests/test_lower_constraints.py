@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from constrained import PLAIN, SGD, Adam, g8, leaf
+from constrained import PLAIN, SGD, Adam, follow, leaf
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
 from torch_penalty_bilevel.constraints import Ball, Box, Inequality, NonNegative, Simplex
@@ -107,17 +107,17 @@ def test_box_constrained_ridge_closed_form():
 
 
 def half_space(rate=0.1, weight=1.0, offset=0.3, curvature="auto", steps=500, rule=None):
-    """Closed form 9: g = 0.5 |v - u|^2 subject to a'v <= b, u held."""
+    """g = 0.5 |v - u|^2 subject to a'v <= b, u held."""
     a = torch.tensor([0.6, 0.8, 0.0])
     u, v, t = leaf([1.0, -0.2, 0.4]), leaf(torch.zeros(3)), torch.tensor([0.2, 0.5, -0.1])
     f, g, h = (
         lambda: 0.5 * (v - t).square().sum(),
-        lambda: g8(u, v),
+        lambda: follow(u, v),
         lambda: (a @ v - offset).reshape(1),
     )
     if curvature == "functional":
         f = lambda x, y: 0.5 * (y[0] - t).square().sum()  # noqa: E731
-        g = lambda x, y: g8(x[0], y[0])  # noqa: E731
+        g = lambda x, y: follow(x[0], y[0])  # noqa: E731
         h = lambda x, y: (a @ y[0] - offset).reshape(1)  # noqa: E731
     optimizer = PenaltyBilevelOptimizer(
         [u],
@@ -137,7 +137,7 @@ def half_space(rate=0.1, weight=1.0, offset=0.3, curvature="auto", steps=500, ru
 
 @pytest.mark.parametrize("curvature", ["auto", "finite_difference", "functional"])
 @pytest.mark.parametrize("offset", [0.3, 0.6])
-def test_half_space_below_closed_form_9(offset, curvature):
+def test_half_space_below_in_closed_form(offset, curvature):
     """v = u - max(0, a'u - b) a, dF = (I - aa' 1[active])(v - t), z = max(0, a'u - b)."""
     u, v, optimizer, best, exact, excess = half_space(offset=offset, curvature=curvature)
     torch.testing.assert_close(v.detach(), best, rtol=0, atol=1e-7)
@@ -157,7 +157,7 @@ def test_guard_sees_the_curvature_of_the_ascending_system(weight):
     before = optimizer._dual.scalars["signed_curvature"]
     optimizer._dual = optimizer._dual._replace(multiplier=(q_v, q_z))
     a, t = torch.tensor([0.6, 0.8, 0.0]), torch.tensor([0.2, 0.5, -0.1])
-    optimizer.lower_step(lambda: 0.5 * (v - t).square().sum(), lambda: g8(u, v))
+    optimizer.lower_step(lambda: 0.5 * (v - t).square().sum(), lambda: follow(u, v))
     seen = (optimizer._dual.scalars["signed_curvature"] - 0.9 * before) / 0.1
     expected = float(q_v @ q_v + weight * (a @ q_v) ** 2)
     assert seen == pytest.approx(expected, rel=1e-9)

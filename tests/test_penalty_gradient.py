@@ -20,7 +20,7 @@ from torch_penalty_bilevel.tensors import Pair
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("with_multiplier", [False, True])
-def test_closed_form(weight: float, damping: float, with_multiplier: bool) -> None:
+def test_quadratic_in_closed_form(weight: float, damping: float, with_multiplier: bool) -> None:
     problem, at, nu = quadratic_pair()
     result = penalty_gradient(
         problem.f,
@@ -42,7 +42,7 @@ def test_closed_form(weight: float, damping: float, with_multiplier: bool) -> No
     assert [t.shape for t in lower_grad] == [torch.Size(s) for s in problem.lower_shapes]
 
 
-def test_tensor_weight_and_damping() -> None:
+def test_weight_and_damping_may_be_tensors() -> None:
     problem, at, nu = quadratic_pair()
     plain = penalty_gradient(problem.f, problem.g, *at, weight=0.7, multiplier=nu, damping=0.3)
     tensors = penalty_gradient(
@@ -152,7 +152,7 @@ def test_compiles_into_one_graph() -> None:
         assert_close(a, b, **EXACT)
 
 
-def test_gradient_through_it() -> None:
+def test_it_is_differentiable_itself() -> None:
     """d/du of <c, grad_v F_low> = (K' + gamma A C')' c + lambda C c on the quadratic."""
     problem, at, _ = quadratic_pair()
     c = normal(7, seed=77)

@@ -1,5 +1,7 @@
 """Samples outside of the batch, sparse weights of samples, and samples on several workers."""
 
+import threading
+
 import pytest
 import torch
 from classifying import classification, network
@@ -95,8 +97,6 @@ def test_reduce_makes_two_shards_one_batch(penalty):
     whole = build()
     for _ in range(4):
         whole[2].step(*closures(whole[0], whole[1], None))
-
-    import threading
 
     barrier, mailbox, errors = threading.Barrier(2), {}, []
 

@@ -120,7 +120,7 @@ def test_weight_norm_is_what_it_is_refused_for() -> None:
 
 
 @pytest.mark.parametrize("engine", LIVE)
-def test_checkpoint(engine: str) -> None:
+def test_a_checkpoint_that_is_not_reentrant_is_differentiated(engine: str) -> None:
     problem = net_problem("mlp_tanh")
     problem.forward = lambda x: checkpoint(problem.net, x, use_reentrant=False)
     product = products_of(ENGINES[engine](), problem, problem.direction())
@@ -139,7 +139,7 @@ def test_reentrant_checkpoint_is_refused(engine: str, method: str) -> None:
         getattr(ENGINES[engine](), method)(problem.closure, problem.at)
 
 
-def test_compiled_forward() -> None:
+def test_a_compiled_forward_needs_finite_differences() -> None:
     problem = net_problem("mlp_tanh")
     problem.forward = torch.compile(problem.net, backend="aot_eager")
     product = products_of(FiniteDifference(), problem, problem.direction())
@@ -153,7 +153,7 @@ def test_compiled_forward() -> None:
 
 
 @pytest.mark.parametrize("engine", ["double_backward", "central"])
-def test_sparse_embedding(engine: str) -> None:
+def test_products_of_a_sparse_embedding_in_closed_form(engine: str) -> None:
     """g = sum_i s(u_i) |E_{k_i} - 1|^2 / 2: H is diagonal with the weights of a row's samples."""
     table = torch.nn.Embedding(5, 3, sparse=True, dtype=torch.float64)
     rows = torch.tensor([1, 3, 3])

@@ -11,7 +11,7 @@ from torch_penalty_bilevel import testing
 
 
 @every_problem
-def test_start(problem):
+def test_starts_repeat_by_seed_and_lie_in_the_boxes(problem):
     (u, v), again = problem.start(generator(7)), problem.start(generator(7))
     other = problem.start(generator(8))
     assert u.dtype == v.dtype == torch.float64

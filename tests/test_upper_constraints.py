@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from constrained import PLAIN, SGD, Adam, g8, in_set, leaf
+from constrained import PLAIN, SGD, Adam, follow, in_set, leaf
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
 from torch_penalty_bilevel.constraints import Box, Inequality, Simplex
@@ -57,7 +57,7 @@ def test_a_stationary_vertex_is_left_alone():
     assert torch.equal(u.grad, torch.zeros(3))
 
 
-def test_box_above_closed_form_8():
+def test_box_above_in_closed_form():
     """F = 0.5 (v - 2)^2, v = u in [-1, 1]: u = v = 1, F = 0.5, projected gradient 0."""
     u, v = leaf([0.0]), leaf([0.0])
     optimizer = PenaltyBilevelOptimizer(
@@ -65,7 +65,7 @@ def test_box_above_closed_form_8():
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     for _ in range(300):
-        loss = optimizer.step(lambda: 0.5 * (v - 2).square().sum(), lambda: g8(u, v))
+        loss = optimizer.step(lambda: 0.5 * (v - 2).square().sum(), lambda: follow(u, v))
         scheduler.step()
     assert u.item() == 1.0
     torch.testing.assert_close(v.item(), 1.0, rtol=0, atol=1e-6)
@@ -75,7 +75,7 @@ def test_box_above_closed_form_8():
 
 
 @pytest.mark.parametrize("reads", ["u", "v"])
-def test_inequality_above_closed_form_8(reads):
+def test_inequality_above_in_closed_form(reads):
     """The same bound as h <= 0: multiplier 1, whether h reads u or, through the adjoint, v."""
     u, v = leaf([0.0]), leaf([0.0])
     h = Inequality(lambda: (u if reads == "u" else v) - 1)
@@ -83,7 +83,7 @@ def test_inequality_above_closed_form_8(reads):
         SGD([u], 0.1), SGD([v], 0.3), penalty=PLAIN, upper_constraint=h
     )
     for _ in range(400):
-        loss = optimizer.step(lambda: 0.5 * (v - 2).square().sum(), lambda: g8(u, v))
+        loss = optimizer.step(lambda: 0.5 * (v - 2).square().sum(), lambda: follow(u, v))
     torch.testing.assert_close(u.item(), 1.0, rtol=0, atol=1e-8)
     torch.testing.assert_close(loss.item(), 0.5, rtol=0, atol=1e-8)  # f, without the terms of h
     (mu,) = optimizer.inequality_multipliers["upper"]
@@ -101,7 +101,7 @@ def test_multipliers_follow_what_all_workers_see():
             upper_constraint=Inequality(lambda u=u: u - 1),
             reduce=lambda tensors, other=other: tuple(other * t for t in tensors),
         )
-        loss = optimizer.step(lambda: v.square().sum(), lambda: g8(u, v))  # noqa: B023
+        loss = optimizer.step(lambda: v.square().sum(), lambda: follow(u, v))  # noqa: B023
         assert loss.item() == pytest.approx(0.0)  # f itself, although the term of h is 0.5
         grown.append(optimizer.inequality_multipliers["upper"][0].item())
     assert grown == [pytest.approx(0.1), pytest.approx(0.05)]
@@ -127,8 +127,8 @@ def test_absent_rows_stay_bit_equal_under_constraints():
 
 @pytest.mark.parametrize("penalty", ["value", "fixed_point"])
 def test_other_formulations_take_upper_constraints(penalty):
-    """Closed form 8 with v = u as a loss and as a map: u stops at the bound, mu goes to 1."""
-    below = (lambda u, v: g8(u, v)) if penalty == "value" else (lambda u, v: 0.5 * (v + u))
+    """The same with v = u as a loss and as a map: u stops at the bound, mu goes to 1."""
+    below = (lambda u, v: follow(u, v)) if penalty == "value" else (lambda u, v: 0.5 * (v + u))
     for kind in ("set", "inequality"):
         u, v = leaf([0.0]), leaf([0.0])
         h = Inequality(lambda u=u: u - 1)

@@ -131,7 +131,7 @@ def test_bias_is_of_order_one_over_gamma():
 
 
 def test_flat_lower_level_has_a_cube_root_law():
-    """Problem 13: g = (v - u)^4 / 4, f = (v - 1)^2 / 2 + u^2 / 2, u* = 1/2; H = 0.
+    """g = (v - u)^4 / 4, f = (v - 1)^2 / 2 + u^2 / 2, u* = 1/2; H = 0.
 
     From (u, v): u = 1 - v and (1 - v) = gamma (v - u)^3 give u = .419, .482, .496 at gamma = 1e2,
     1e4, 1e6. z - u falls like 1 / sqrt(steps) under SGD. Adam will not do here: its second moments
@@ -160,7 +160,7 @@ def test_flat_lower_level_has_a_cube_root_law():
 
 
 def test_toy_with_spurious_stationary_points_reaches_its_solution_set():
-    """Problem 7, 200 starts at once: v = -u; stationary points of g and of |grad_v g|^2 with
+    """200 starts at once: v = -u; stationary points of g and of |grad_v g|^2 with
     u + v of 2 to 6 are traps for penalties on the gradient.
 
     Left over: the bias, 0.05 at gamma = 190.
