@@ -178,6 +178,8 @@ def _estimate(subject: Subject) -> tuple[Evaluation, Norms]:
 
 def _reference(curvature: Curvature) -> Curvature:
     """The engine itself, or an exact one where it is a difference and torch has one."""
+    if isinstance(curvature, Automatic):
+        return curvature.exact()
     return Automatic() if isinstance(curvature, FiniteDifference) else copy.deepcopy(curvature)
 
 

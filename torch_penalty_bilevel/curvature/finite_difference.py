@@ -21,7 +21,7 @@ from .protocol import Linearised, Loss
 # add rounding of their own (see tests/test_curvature.py for the curve).
 _RELATIVE_STEP = {
     torch.float64: (1e-7, 6e-6),
-    torch.float32: (3e-4, 3e-3),
+    torch.float32: (1e-4, 3e-3),
     torch.bfloat16: (6e-2, 6e-2),
     torch.float16: (3e-2, 3e-2),
 }
@@ -62,7 +62,7 @@ class FiniteDifference:
         if relative_step is not None and not 0 < relative_step < 1:
             raise ValueError(
                 f"relative_step must lie in (0, 1), got {relative_step}; it is the length of the "
-                "shift relative to ||v||, e.g. 3e-4 in float32"
+                "shift relative to ||v||, e.g. 1e-4 in float32"
             )
         self.relative_step = relative_step
         self.central = central
