@@ -228,3 +228,29 @@ def test_a_hypergradient_of_exactly_zero_is_named_once():
     for value in (0.0, 0.1, 0.0, 0.0, 0.0, 0.0):  # warnings are errors here: it is said once
         seen.fill_(value)
         optimizer.step(task.upper, blind)
+
+
+def test_a_difference_of_zero_is_not_taken_for_independence():
+    """u = (A, B) = 0 in v A B: both depend, but no first derivative along v shows it at zero."""
+    A, B = leaf(3), leaf(3)
+    v = torch.ones(3, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer([A, B], [v], curvature="finite_difference")
+    optimizer.step(lambda: v.square().sum(), lambda: ((v * A * B - 1) ** 2 + v**2).sum())
+
+
+def test_first_step_of_finite_differences_takes_no_second_derivative(monkeypatch):
+    """The graph of r, made to see what depends on what, would hold twice the activations."""
+    made = []
+    original = torch.autograd.grad
+
+    def grad(*args, create_graph=False, **options):
+        made.append(create_graph)
+        return original(*args, create_graph=create_graph, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    for curvature, twice in (("finite_difference", False), ("double_backward", True)):
+        made.clear()
+        task = Task(curvature=curvature)
+        task.run(1)
+        assert made
+        assert any(made) == twice
