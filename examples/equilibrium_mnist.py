@@ -30,114 +30,39 @@ differentiation solved to 1e-12.
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from _data import default_folder, mnist
+from _equilibrium import (
+    Parameters,
+    Problem,
+    layer,
+    loss_of,
+    make_parameters,
+    make_problem,
+    project,
+)
+from _equilibrium_report import draw, table
+from _equilibrium_rows import METHODS, agreement, baselines, seen
+from _grid import print_best, settings
 from _record import Line, Record
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from torch_penalty_bilevel import (
-    FixedPoint,
-    HypergradientOptimizer,
-    PenaltyBilevelOptimizer,
-    functional,
-)
+from torch_penalty_bilevel import FixedPoint, HypergradientOptimizer, PenaltyBilevelOptimizer
 
-METHODS = ("penalty", "fixed_point", "cg_normal")
 GRID = {"upper_lr": (3e-4, 1e-3, 3e-3), "lower_steps": (1, 5)}
 TUNED = {"penalty": (3e-3, 5), "fixed_point": (3e-3, 5), "cg_normal": (3e-3, 5)}
 TUNING_SEED = 100
-RADIUS = 0.99
 RECORD = Path("results/equilibrium_mnist.jsonl")  # delete it when the code has changed
 PICTURE = Path("results/equilibrium_mnist.png")
+Images = tuple[Tensor, Tensor]
 Optimizer = PenaltyBilevelOptimizer | HypergradientOptimizer
-Parameters = dict[str, Tensor]
-
-
-class Problem(NamedTuple):
-    """Images as rows of 784 numbers, and their digits."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def make_problem(data: tuple[Tensor, Tensor], seed: int, train: int, test: int) -> Problem:
-    """Images drawn without replacement from all 70,000."""
-    images, labels = data
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    first, second = order[:train], order[train : train + test]
-    return Problem(images[first], labels[first], images[second], labels[second])
-
-
-def make_parameters(
-    seed: int, width: int, dtype: torch.dtype = torch.float32, inputs: int = 784
-) -> Parameters:
-    """W (width, width) of spectral norm 0.5, U, b and a read-out, all to be learned."""
-    source = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=source, dtype=torch.float64) / shape[-1] ** 0.5
-        return values.to(dtype)
-
-    W = normal(width, width)
-    parameters = {
-        "W": 0.5 * W / torch.linalg.matrix_norm(W, 2),
-        "U": normal(width, inputs),
-        "b": torch.zeros(width, dtype=dtype),
-        "C": normal(10, width),
-        "c": torch.zeros(10, dtype=dtype),
-    }
-    return {name: value.requires_grad_() for name, value in parameters.items()}
-
-
-def layer(p: Parameters, z: Tensor, images: Tensor) -> Tensor:
-    """The map, for all images: (n, width) to (n, width)."""
-    return torch.tanh(z @ p["W"].T + images @ p["U"].T + p["b"])
-
-
-def loss_of(p: Parameters, z: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the read-out, in nats."""
-    return cross_entropy(z @ p["C"].T + p["c"], labels)
-
-
-@torch.no_grad()
-def equilibrium(p: Parameters, images: Tensor, tolerance: float = 1e-5) -> Tensor:
-    """Z with ||z - map(z)|| <= tolerance ||z||, by iterating the map from 0.
-
-    Raises:
-        RuntimeError: it does not get there in 10,000 iterations.
-    """
-    drive = images @ p["U"].T + p["b"]
-    z = torch.zeros_like(drive)
-    for _ in range(10_000):
-        new = torch.tanh(z @ p["W"].T + drive)
-        moved, z = (new - z).norm(), new
-        if moved <= tolerance * z.norm():
-            return z
-    raise RuntimeError(f"no equilibrium: the last iteration moved z by {float(moved):.1e}")
-
-
-@torch.no_grad()
-def project(W: Tensor, radius: float = RADIUS) -> None:
-    """The nearest matrix with spectral norm <= radius: singular values clipped, in place."""
-    left, values, right = torch.linalg.svd(W)
-    if float(values[0]) > radius:
-        W.copy_((left * values.clamp(max=radius)) @ right)
 
 
 def make_optimizer(p: Parameters, z: Tensor, method: str, upper_lr: float, steps: int) -> Optimizer:
@@ -187,147 +112,55 @@ def train(
     return {**path[-1], "steps": steps, "path": path}
 
 
-@torch.no_grad()
-def seen(p: Parameters, problem: Problem) -> Line:
-    """Training loss and test accuracy at the solved equilibrium; the norm of W."""
-    z = equilibrium(p, problem.images)
-    outputs = equilibrium(p, problem.test_images) @ p["C"].T + p["c"]
-    return {
-        "loss": loss_of(p, z, problem.labels).item(),
-        "test": (outputs.argmax(1) == problem.test_labels).double().mean().item(),
-        "norm": torch.linalg.matrix_norm(p["W"], 2).item(),
-    }
+def planned(options: argparse.Namespace) -> list[Line]:
+    """Every run that is asked for, as the record knows it."""
+    first, count = (TUNING_SEED, 1) if options.tune else (options.first_seed, options.seeds)
+    common = common_of(options)
+    return [
+        {**common, "seed": seed, **setting}
+        for seed in range(first, first + count)
+        for method in methods_of(options)
+        for setting in settings(method, GRID, TUNED[method], options)
+    ]
 
 
-def baselines(problem: Problem, seed: int, width: int, upper_lr: float, steps: int) -> Line:
-    """Softmax regression, and the network without W."""
-    began = time.process_time()
-    model = LogisticRegression(C=0.1, max_iter=1000).fit(problem.images, problem.labels)
-    linear = {
-        "loss": float(-np.log(_of_labels(model, problem)).mean()),
-        "test": float(model.score(problem.test_images, problem.test_labels)),
-        "seconds": time.process_time() - began,
-    }
-    p = make_parameters(seed, width, problem.images.dtype)
-    with torch.no_grad():
-        p["W"].zero_()
-    learned = [value for name, value in p.items() if name != "W"]
-    rule, began = torch.optim.Adam(learned, lr=upper_lr), time.process_time()
-    nothing = torch.zeros_like(p["b"])[None]
-    for _ in range(steps):
-        rule.zero_grad()
-        loss_of(p, layer(p, nothing, problem.images), problem.labels).backward()
-        rule.step()
-    seconds = time.process_time() - began
-    flat = {**seen(p, problem), "seconds": seconds, "steps": steps, "evaluations": steps}
-    return {"softmax regression": linear, "network, W = 0": flat}
+def common_of(options: argparse.Namespace) -> Line:
+    """What every run of the command has in common."""
+    sizes = {name: getattr(options, name) for name in ("train", "test", "width")}
+    moments = 1 if options.tune else options.moments
+    return {**sizes, "budget": options.evaluations, "moments": moments}
 
 
-def _of_labels(model: LogisticRegression, problem: Problem) -> np.ndarray:
-    rows = np.arange(len(problem.labels))
-    return model.predict_proba(problem.images)[rows, problem.labels]
+def methods_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """One method or all of them."""
+    return METHODS if options.method == "all" else (options.method,)
 
 
-def hypergradients(p: Parameters, problem: Problem) -> dict[str, Tensor]:
-    """What the three optimizers find at (p, z*(p)) if u is held, and the exact hypergradient.
-
-    Each as one vector. The penalty's multiplier is given 2,000 lower steps.
-    """
-    start = equilibrium(p, problem.images, 1e-14)
-    found = {}
-    for method in METHODS:
-        z = start.clone().requires_grad_()
-        held = torch.optim.SGD(list(p.values()), lr=0.0)
-        lower = torch.optim.SGD([z], lr=1.0)
-        upper_loss = lambda z=z: loss_of(p, z, problem.labels)  # noqa: E731
-        lower_map = lambda z=z: layer(p, z, problem.images)  # noqa: E731
-        if method == "penalty":
-            optimizer = PenaltyBilevelOptimizer(held, lower, penalty=FixedPoint())
-            for _ in range(2000):
-                optimizer.lower_step(upper_loss, lower_map)
-            optimizer.upper_step(upper_loss, lower_map)
-        else:
-            HypergradientOptimizer(
-                held,
-                lower,
-                method=method,
-                inner_iterations=2000,
-                tolerance=1e-12,
-                lower_is_map=True,
-            ).step(upper_loss, lower_map)
-        found[method] = torch.cat([value.grad.ravel() for value in p.values()])
-    exact, _ = functional.hypergradient(
-        lambda p, z: loss_of(p, z, problem.labels),
-        lambda p, z: layer(p, z, problem.images),
-        p,
-        start,
-        method="cg_normal",
-        lower_is_map=True,
-        tolerance=1e-12,
-    )
-    found["exact"] = torch.cat([value.ravel() for value in exact.values()])
-    return found
+def perform(todo: list[Line], record: Record, data: Images) -> None:
+    """Run what is to be done, in order."""
+    with tqdm(total=sum(run["budget"] for run in todo), file=sys.stderr, mininterval=1) as bar:
+        for run in todo:
+            problem = make_problem(data, run["seed"], run["train"], run["test"])
+            bar.set_description(run["method"])
+            arguments = run["seed"], run["width"], run["budget"], run["moments"]
+            record.add(run, train(problem, run, *arguments, bar.update))
 
 
-def agreement(data: tuple[Tensor, Tensor], width: int, samples: int = 100) -> str:
-    """Cosines and relative errors of the three in Markdown, at a random point with ||W|| = 0.9."""
-    drawn = make_problem(data, 0, samples, 1)
-    problem = drawn._replace(images=drawn.images.double())
-    p = make_parameters(0, width, torch.float64)
-    with torch.no_grad():
-        p["W"].mul_(0.9 / 0.5)
-    found = hypergradients(p, problem)
-    exact = found.pop("exact")
-    lines = ["| hypergradient | 1 - cosine | relative error |", "|---|---|---|"]
-    for method, vector in found.items():
-        cosine = torch.cosine_similarity(vector, exact, dim=0)
-        error = (vector - exact).norm() / exact.norm()
-        lines.append(f"| {method} | {1 - float(cosine):.1e} | {float(error):.1e} |")
-    return "\n".join(lines)
-
-
-def table(results: dict[str, list[Line]]) -> str:
-    """Medians over the seeds in Markdown, and the range where they differ."""
-    names = ["test", "loss", "norm", "steps", "evaluations", "seconds"]
-    lines = ["| row | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row, runs in results.items():
-        cells = [_cell([run[name] for run in runs if name in run]) for name in names]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    texts = [f"{f(values):.4g}" for f in (statistics.median, min, max)]
-    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
-
-
-def draw(results: dict[str, list[Line]], path: Path) -> None:
-    """Training loss and test accuracy of the first seed, against seconds and evaluations."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharey="row", sharex="col")
-    figure.suptitle("Equilibrium model of MNIST, at the solved equilibrium")
-    flat = {"loss": "training loss", "test": "test accuracy"}
-    for row, (kind, label) in zip(axes, flat.items(), strict=True):
-        row[0].set_ylabel(label)
-        for axis, name in zip(row, ("seconds", "evaluations"), strict=True):
-            for method in (m for m in METHODS if m in results):
-                path_of = results[method][0]["path"]
-                xs, ys = ([point[key] for point in path_of] for key in (name, kind))
-                axis.plot(xs, ys, ".-", linewidth=1.3, label=method)
-            simple = results["network, W = 0"][0][kind]
-            axis.axhline(simple, color="black", linestyle=":", label="network, W = 0")
-            axis.set_xscale("log")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.grid(alpha=0.3)
-    axes[0, 0].set_yscale("log")
-    axes[1, 0].set_ylim(bottom=0.7)
-    axes[1, 0].set_xlabel("CPU seconds")
-    axes[1, 1].set_xlabel("gradients, maps and products")
-    axes[1, 1].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+def simple_rows(
+    runs: list[Line], record: Record, data: Images, options: argparse.Namespace
+) -> dict[str, list[Line]]:
+    """The models without an equilibrium, each beside the first method's run of its seed."""
+    rows: dict[str, list[Line]] = {}
+    for run in (run for run in runs if run["method"] == methods_of(options)[0]):
+        rate, steps, seed = run["upper_lr"], record[run]["steps"], run["seed"]
+        simple = {"row": "baselines", **common_of(options)}
+        simple |= {"seed": seed, "rate": rate, "steps": steps}
+        if simple not in record:
+            problem = make_problem(data, seed, options.train, options.test)
+            record.add(simple, baselines(problem, seed, options.width, rate, steps))
+        for name, row in record[simple].items():
+            rows.setdefault(name, []).append(row)
+    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -355,55 +188,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settings_of(method: str, options: argparse.Namespace) -> list[Line]:
-    """The grid with ``--tune``; else the knobs from the command line or the tuned ones."""
-    default = TUNED[method]
-    given = (options.upper_lr, options.lower_steps)
-    one = tuple(d if g is None else g for g, d in zip(given, default, strict=True))
-    knobs = itertools.product(*GRID.values()) if options.tune else iter([one])
-    return [{"method": method, **dict(zip(GRID, values, strict=True))} for values in knobs]
-
-
 def main() -> None:
     """Run what is not in the record yet; print and draw what is."""
     options = parse()
     torch.set_num_threads(options.threads)
     data, record = mnist(options.folder), Record(options.record)
-    methods = METHODS if options.method == "all" else (options.method,)
-    first, count = (TUNING_SEED, 1) if options.tune else (options.first_seed, options.seeds)
-    sizes = {name: getattr(options, name) for name in ("train", "test", "width")}
-    common = {**sizes, "budget": options.evaluations}
-    common["moments"] = 1 if options.tune else options.moments
-    runs = [
-        {**common, "seed": seed, **setting}
-        for seed in range(first, first + count)
-        for method in methods
-        for setting in settings_of(method, options)
-    ]
-    todo = [run for run in runs if run not in record]
-    with tqdm(total=len(todo) * options.evaluations, file=sys.stderr, mininterval=1) as bar:
-        for run in todo:
-            problem = make_problem(data, run["seed"], options.train, options.test)
-            bar.set_description(run["method"])
-            arguments = run["seed"], options.width, options.evaluations, run["moments"]
-            record.add(run, train(problem, run, *arguments, bar.update))
+    runs, methods = planned(options), methods_of(options)
+    perform([run for run in runs if run not in record], record, data)
     if options.tune:
-        for method in methods:
-            mine = [run for run in runs if run["method"] == method]
-            best = min(mine, key=lambda run: record[run]["loss"])
-            knobs = tuple(best[name] for name in GRID)
-            print(f'"{method}": {knobs},  # {record[best]["loss"]:.4f}')
+        print_best(methods, runs, record, GRID, by="loss")
         return
     results = {m: [record[run] for run in runs if run["method"] == m] for m in methods}
-    for run in runs:
-        if run["method"] == methods[0]:
-            rate, steps, seed = run["upper_lr"], record[run]["steps"], run["seed"]
-            simple = {"row": "baselines", **common, "seed": seed, "rate": rate, "steps": steps}
-            if simple not in record:
-                problem = make_problem(data, seed, options.train, options.test)
-                record.add(simple, baselines(problem, seed, options.width, rate, steps))
-            for name, row in record[simple].items():
-                results.setdefault(name, []).append(row)
+    results |= simple_rows(runs, record, data, options)
     print(agreement(data, options.width), end="\n\n")
     print(table(results))
     draw(results, options.output)

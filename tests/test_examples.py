@@ -3,8 +3,11 @@
 import math
 import sys
 
+import _equilibrium
+import _equilibrium_rows
 import _l2_problem
-import equilibrium_mnist as equilibrium
+import _l2_report
+import equilibrium_mnist
 import numpy as np
 import pytest
 import torch
@@ -156,22 +159,22 @@ class TestTuneL2:
 
     def test_when_a_target_is_reached(self):
         path = [{"resolved": r, "seconds": s} for r, s in ((3.0, 0.0), (2.0, 1.0), (1.0, 3.0))]
-        assert tune_l2.reached(path, 1.5, "seconds") == 2.0
-        assert tune_l2.reached(path, 0.5, "seconds") == math.inf
+        assert _l2_report.reached(path, 1.5, "seconds") == 2.0
+        assert _l2_report.reached(path, 0.5, "seconds") == math.inf
 
 
 def equilibrium_problem():
     source = torch.Generator().manual_seed(0)
     images = torch.rand(12, 9, generator=source, dtype=torch.float64)
     labels = torch.arange(12) % 10
-    p = equilibrium.make_parameters(0, 6, torch.float64, inputs=9)
-    return p, equilibrium.Problem(images, labels, images, labels)
+    p = _equilibrium.make_parameters(0, 6, torch.float64, inputs=9)
+    return p, _equilibrium.Problem(images, labels, images, labels)
 
 
 class TestEquilibrium:
     def test_the_three_hypergradients_are_that_of_implicit_differentiation_written_out(self):
         p, problem = equilibrium_problem()
-        z = equilibrium.equilibrium(p, problem.images, 1e-14)
+        z = _equilibrium.equilibrium(p, problem.images, 1e-14)
         # Sample by sample: q = (I - D W)^{-T} grad_z f, D = diag(1 - z^2), and dPhi/dW = D z'.
         q = torch.zeros_like(z)
         scores = (z @ p["C"].T + p["c"]).softmax(1)
@@ -182,7 +185,7 @@ class TestEquilibrium:
             q[i] = D @ torch.linalg.solve((identity - D @ p["W"]).T, slope[i])
         expected = {"W": q.T @ z, "U": q.T @ problem.images, "b": q.sum(0)}
         expected = torch.cat([value.detach().ravel() for value in expected.values()])
-        for method, vector in equilibrium.hypergradients(p, problem).items():
+        for method, vector in _equilibrium_rows.hypergradients(p, problem).items():
             # Each is solved to 1e-12; the contraction factor here is at most one half.
             error = (vector[: len(expected)] - expected).norm() / expected.norm()
             assert error < 1e-9, method
@@ -191,7 +194,7 @@ class TestEquilibrium:
         generator = torch.Generator().manual_seed(0)
         W = torch.randn(5, 5, generator=generator, dtype=torch.float64)
         before = W.clone()
-        equilibrium.project(W, 0.9)
+        _equilibrium.project(W, 0.9)
         assert float(torch.linalg.matrix_norm(W, 2)) == pytest.approx(0.9, rel=1e-12)
         # Nearest point of a convex set: <before - W, other - W> <= 0 for every other point; the
         # worst one has the singular vectors of before - W, and the sum of its values as product.
@@ -200,10 +203,10 @@ class TestEquilibrium:
         assert worst - float((away * W).sum()) == pytest.approx(0.0, abs=1e-12)
         inside = 0.5 * W
         kept = inside.clone()
-        equilibrium.project(inside, 0.9)
+        _equilibrium.project(inside, 0.9)
         assert torch.equal(inside, kept)
 
-    @pytest.mark.parametrize("method", equilibrium.METHODS)
+    @pytest.mark.parametrize("method", equilibrium_mnist.METHODS)
     def test_training_lowers_the_loss_at_the_equilibrium(self, method):
         problem = equilibrium_problem()[1]
         small = problem._replace(images=problem.images.float(), test_images=problem.images.float())
@@ -211,11 +214,11 @@ class TestEquilibrium:
         images = torch.cat([small.images, pad], dim=1)
         small = small._replace(images=images, test_images=images)
         setting = {"method": method, "upper_lr": 0.03, "lower_steps": 3}
-        result = equilibrium.train(small, setting, 0, 6, 600, 3, lambda count: None)
+        result = equilibrium_mnist.train(small, setting, 0, 6, 600, 3, lambda count: None)
         # Chance is log 10 = 2.30; twelve samples with nine inputs can be learned by heart.
         assert result["path"][0]["loss"] > 1.5
         assert result["loss"] < 1.0
-        assert result["norm"] <= equilibrium.RADIUS + 1e-5
+        assert result["norm"] <= _equilibrium.RADIUS + 1e-5
 
 
 def test_no_equilibrium_is_an_error():
@@ -223,10 +226,10 @@ def test_no_equilibrium_is_an_error():
     with torch.no_grad():
         p["W"].mul_(-20)
     with pytest.raises(RuntimeError, match="no equilibrium"):
-        equilibrium.equilibrium(p, problem.images)
+        _equilibrium.equilibrium(p, problem.images)
 
 
-@pytest.mark.parametrize("program", [tune_l2, equilibrium])
+@pytest.mark.parametrize("program", [tune_l2, equilibrium_mnist])
 def test_help_names_the_command_and_the_grid(program, capsys, monkeypatch):
     name = f"{program.__name__}.py"
     monkeypatch.setattr(sys, "argv", [name, "--help"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import CustomCube, OnceCube
+from networks import CustomCube, OnceCube
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

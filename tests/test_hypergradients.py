@@ -1,4 +1,4 @@
-"""Every method of ``functional.hypergradient`` against closed forms and against autograd."""
+"""Every method of ``functional.hypergradient`` against closed forms, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory import peak_bytes
+from hypergradient_runs import UNROLLED
 from problems import ORACLES, normal
 from torch import Tensor
 from torch.testing import assert_close
@@ -22,7 +22,8 @@ PROBLEMS = (
     "quadratic", "scalar_ridge", "feature_ridge", "weighted_cleaning", "minimax", "fixed_point"
 )  # fmt: skip
 SOLVERS = ("cg", "cg_normal", "neumann", "fixed_point", "stochastic", "approx_grad")
-UNROLLED = ("reverse", "forward")
+
+
 ENOUGH = {
     "stochastic": {"max_iterations": 5000},
     "approx_grad": {"max_iterations": 5000},
@@ -116,70 +117,7 @@ def test_residual_norm_is_the_certificate(name: str, method: str) -> None:
     assert info.converged == (expected <= 1e-10 * float(slope.norm()))
 
 
-# Unrolled methods against autograd through the steps.
-
-
-def wavy(u: Tensor, v: Tensor) -> Tensor:
-    """A lower loss with third derivatives: H and J differ along the way."""
-    return (v - u[:4]).pow(4).sum() / 4 + (v * v * u.sum().exp()).sum() / 2 + (v[0] * v[1]) ** 2
-
-
-def turning(u: Tensor, v: Tensor) -> Tensor:
-    return torch.tanh(0.7 * torch.roll(v, 1) + u[:4] * v + u[0])
-
-
-def score(u: Tensor, v: Tensor) -> Tensor:
-    return (v.sin() * u[:4]).sum() + u.square().sum()
-
-
-def unrolled(lower: Any, is_map: bool, u: Tensor, v: Tensor, eta: float, steps: int, kept: int):
-    """Autograd through the last ``kept`` of ``steps`` steps."""
-    u, v = u.clone().requires_grad_(), v.clone().requires_grad_()
-    for t in range(steps):
-        if is_map:
-            r = v - lower(u, v)
-        else:
-            (r,) = torch.autograd.grad(lower(u, v), v, create_graph=True)
-        v = v - eta * r
-        if t < steps - kept:
-            v = v.detach().requires_grad_()
-    return torch.autograd.grad(score(u, v), u)[0]
-
-
-@pytest.mark.parametrize("method", UNROLLED)
-@pytest.mark.parametrize(("lower", "is_map"), [(wavy, False), (turning, True)])
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_is_the_derivative_of_the_steps(method: str, lower: Any, is_map: bool, steps: int) -> None:
-    u, v = 0.3 * normal(4, seed=1), normal(4, seed=2)
-    options = {"lower_steps": steps, "step_size": 0.1, "lower_is_map": is_map}
-    with pytest.warns(BilevelWarning):
-        gradient, _ = hypergradient(score, lower, u, v, method=method, **options)
-    expected = unrolled(lower, is_map, u, v, 0.1, steps, steps)
-    assert_close(gradient, expected, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("kept", [1, 3, 6])
-def test_truncation_goes_back_through_the_last_steps_only(kept: int) -> None:
-    u, v = 0.3 * normal(4, seed=1), normal(4, seed=2)
-    options = {"lower_steps": 6, "step_size": 0.1, "truncation": kept}
-    with pytest.warns(BilevelWarning):
-        gradient, info = hypergradient(score, wavy, u, v, method="reverse", **options)
-    assert_close(gradient, unrolled(wavy, False, u, v, 0.1, 6, kept), rtol=1e-12, atol=1e-13)
-    assert info.iterations == kept
-
-
-@pytest.mark.parametrize("method", UNROLLED)
-def test_a_lower_level_that_still_moves_is_not_converged(method: str) -> None:
-    """The part of v that f sees is there after one step, the other needs thousands."""
-    curvature = torch.tensor([1.0, 1e-3])
-    g = lambda u, v: (curvature * (v - u).square()).sum() / 2  # noqa: E731
-    f = lambda u, v: v[0].sin()  # noqa: E731
-    options: dict[str, Any] = {"method": method, "step_size": 1.0, "lower_steps": 5}
-    with pytest.warns(BilevelWarning, match="still move v by" if method == "reverse" else "raise"):
-        _, info = hypergradient(f, g, torch.tensor([0.3]), torch.zeros(2), **options)
-    assert not info.converged
-    if method == "reverse":
-        assert info.residual_norm < 1e-15
+# Between the methods.
 
 
 def test_reverse_from_the_solution_is_the_neumann_series() -> None:
@@ -212,42 +150,6 @@ def test_one_step_is_exact_where_the_hessian_is_a_multiple_of_the_identity() -> 
     gradient, info = hypergradient(f, g, u, u, method="one_step", step_size=0.2)
     assert info.converged
     assert_close(gradient, u.cos(), rtol=1e-14, atol=0)
-
-
-# Memory.
-
-
-def hidden(u: Tensor, v: Tensor) -> Tensor:
-    """2,000 hidden numbers per number of v."""
-    return torch.tanh(torch.linspace(0, 1, 2000)[:, None] * v + u).square().mean()
-
-
-def test_memory_of_reverse_is_that_of_the_iterates() -> None:
-    u, v = torch.tensor(0.3), normal(20, seed=1)
-    f = lambda u, v: v.square().sum()  # noqa: E731
-
-    def run(steps: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BilevelWarning)
-            options = {"lower_steps": steps, "step_size": 0.1}
-            hypergradient(f, hidden, u, v, method="reverse", **options)
-
-    run(2)  # lazy set-up of torch
-    few, many = peak_bytes(lambda: run(5)), peak_bytes(lambda: run(45))
-    iterate = v.numel() * v.element_size()
-    activation = 2000 * iterate
-    assert few > 2 * activation  # the measurement sees graphs: one of them
-    # 40 more iterates and 40 more 0-d losses, in blocks of 64 bytes.
-    assert many - few <= 40 * (iterate + 64 + 64)
-
-    def kept_graph() -> None:
-        w = v.clone().requires_grad_()
-        for _ in range(45):
-            (r,) = torch.autograd.grad(hidden(u, w), w, create_graph=True)
-            w = w - 0.1 * r
-        f(u, w).backward()
-
-    assert peak_bytes(kept_graph) > 10 * many  # 45 steps kept instead of one
 
 
 # Options.
@@ -376,40 +278,3 @@ def double(*trees: Any) -> Any:
 
 
 # Stochastic.
-
-
-def test_stochastic_draws_anew_for_every_product() -> None:
-    """Lower data seen one batch at a time: the mean of many hypergradients is the exact one."""
-    X, y = normal(40, 3, seed=1), normal(40, seed=2)
-    u = torch.tensor(-0.5)
-
-    def loss(u: Tensor, v: Tensor, rows: Any = slice(None)) -> Tensor:
-        return (X[rows] @ v - y[rows]).square().mean() / 2 + u.exp() * v.square().sum() / 2
-
-    calls = []
-
-    def sampled(u: Tensor, v: Tensor) -> Tensor:
-        calls.append(torch.randint(0, 40, (8,)))
-        return loss(u, v, calls[-1])
-
-    f = lambda u, v: (v + 3).square().sum()  # noqa: E731
-    H = torch.func.hessian(loss, argnums=1)(u, torch.zeros(3))
-    v = torch.linalg.solve(H, X.T @ y / 40)
-    exact, _ = hypergradient(f, loss, u, v)
-    options = {
-        "linear_optimizer": lambda q: torch.optim.SGD(q, lr=0.02),
-        "max_iterations": 300,
-        "samples": 2,
-    }
-    found = []
-    for _ in range(12):
-        with pytest.warns(BilevelWarning, match="stopped"):
-            gradient, info = hypergradient(f, sampled, u, v, method="stochastic", **options)
-        assert not info.converged
-        found.append(float(gradient))
-    assert len({tuple(c.tolist()) for c in calls}) == len(calls) >= 12 * 600
-    estimates = torch.tensor(found)
-    # Within four standard errors of the mean, which are well below the value itself.
-    error = float(estimates.std()) / math.sqrt(len(found))
-    assert 0 < error < 0.1 * abs(float(exact))
-    assert abs(float(estimates.mean()) - float(exact)) < 4 * error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
+from classifying import classification, network
 from memory import kept_bytes
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
 from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
@@ -73,3 +76,63 @@ def test_memory_is_flat(make, options, steps):
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("curvature", ["auto", "finite_difference", "functional"])
+def test_graphs_die_with_their_step(curvature):
+    """Without the garbage collector: a reference cycle would hold a graph per step."""
+    x, y = classification()
+    net = network()
+    u = torch.zeros(24, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer([u], net.parameters(), curvature=curvature)
+    alive = []
+
+    def keep(loss):
+        alive.append(weakref.ref(loss))
+        return loss
+
+    if curvature == "functional":
+        names = [n for n, _ in net.named_parameters()]
+
+        def logits(lower):
+            return torch.func.functional_call(net, dict(zip(names, lower, strict=True)), (x,))
+
+        pair = (
+            lambda upper, lower: keep(F.cross_entropy(logits(lower), y)),
+            lambda upper, lower: keep(
+                (upper[0].exp() * F.cross_entropy(logits(lower), y, reduction="none")).mean()
+            ),
+        )
+    else:
+        pair = (
+            lambda: keep(F.cross_entropy(net(x), y)),
+            lambda: keep((u.exp() * F.cross_entropy(net(x), y, reduction="none")).mean()),
+        )
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            optimizer.step(*pair)
+        assert alive
+        assert not [ref for ref in alive if ref() is not None and ref().grad_fn is not None]
+        assert all(p.grad.grad_fn is None for p in (u, *net.parameters()))
+    finally:
+        gc.enable()
+
+
+def test_memory_of_state_is_two_copies_of_the_lower_level():
+    """The multiplier and the curvature probe; nothing grows with the steps."""
+    net = network()
+    x, y = classification()
+    u = torch.zeros(24, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer([u], net.parameters(), lower_steps=3)
+    sizes = []
+    for _ in range(3):
+        optimizer.step(
+            lambda: F.cross_entropy(net(x), y),
+            lambda: (u.exp() * F.cross_entropy(net(x), y, reduction="none")).mean(),
+        )
+        own = optimizer.state_dict()["bilevel"]
+        tensors = [*own["multiplier"], *own["probe"], *own["adjoint"]]
+        sizes.append(sum({t.data_ptr(): t.numel() for t in tensors}.values()))
+    assert sizes == [2 * sum(p.numel() for p in net.parameters())] * 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from constrained import PLAIN, SGD, leaf
 from oracles import LeastSquaresTwin, derivatives
 
 from torch_penalty_bilevel import (
@@ -196,3 +197,12 @@ def test_warmup_goes_on_after_a_checkpoint():
     assert torch.equal(u.detach(), before)
     resumed.step(lambda: f(u, v), lambda: g(u, v))
     assert not torch.equal(u.detach(), before)
+
+
+def test_one_lower_entry_with_opposite_gradients_still_learns_its_multiplier():
+    """r = -grad_v f / |grad_v f| at the start: their directions cancel in the curvature probe."""
+    u, v = leaf([4.0]), leaf([0.0])  # grad_v f = 8 and r = -4: they cancel without rounding
+    optimizer = PenaltyBilevelOptimizer([u], SGD([v], 0.0), upper_lr=0.0, penalty=PLAIN)
+    for _ in range(3):
+        optimizer.step(lambda: (v + u).square().sum(), lambda: (v - 0.5 * u).square().sum())
+    assert optimizer.adjoint[0].item() == pytest.approx(-4.0)

@@ -279,3 +279,10 @@ def test_modules_stay_small():
     # The optimizer holds the manual in its docstrings.
     assert lengths.pop("optimizer.py") <= 400
     assert max(lengths.values()) <= 310, lengths
+
+
+@pytest.mark.parametrize("folder", ["examples", "tests"])
+def test_other_files_stay_small(folder):
+    files = (pathlib.Path(__file__).resolve().parents[1] / folder).glob("*.py")
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert max(lengths.values()) <= 310, lengths

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from . import graph
-from .curvature import Loss
+from .curvature import Curvature, Loss, takes_differences
 from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .randomness import RandomState
-from .tensors import OptionalTensors, Pair
+from .tensors import OptionalTensors, Pair, cast_like, norm
 
 
 def check_count(name: str, value: Any, at_least: int) -> None:
@@ -31,8 +31,11 @@ class Dependence(NamedTuple):
     residual: list[bool]
 
 
-def dependence(losses: Losses, at: Pair, lower_is_map: bool) -> Dependence:
-    """Look through the graphs of f and r for the upper parameters.
+def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) -> Dependence:
+    """Which upper parameters f and r depend on.
+
+    By their graphs. That of r holds twice the activations of a plain gradient; where the
+    engine takes differences, and need not, it is made only if a difference finds no dependence.
 
     Raises:
         ValueError: g does not depend on the lower parameters.
@@ -41,12 +44,28 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool) -> Dependence:
     refuse_reentrant_checkpoint(upper_loss)
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
+    if takes_differences(engine) and not lower_is_map:
+        responds = _responds(losses.lower, at, engine)
+        if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
+            return Dependence(in_upper_loss, responds)
     residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
     return Dependence(in_upper_loss, graph.reached(residual, at.upper))
 
 
+def _responds(lower: Loss, at: Pair, engine: Curvature) -> list[bool]:
+    """Is J r anything but exactly zero? If so, r depends on the parameter."""
+    linearised = engine.linearise(lower, at)
+    through = linearised.product(cast_like(linearised.residual, at.lower)).upper
+    return [part is not None and float(norm([part])) != 0 for part in through]
+
+
 def check_dependence(
-    losses: Losses, at: Pair, names: Sequence[str], allow_unused: bool, lower_is_map: bool
+    losses: Losses,
+    at: Pair,
+    names: Sequence[str],
+    allow_unused: bool,
+    lower_is_map: bool,
+    engine: Curvature,
 ) -> None:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
@@ -57,7 +76,7 @@ def check_dependence(
         ValueError: g does not depend on the lower parameters.
     """
     random = RandomState(p.device for p in (*at.upper, *at.lower))
-    found = dependence(losses, at, lower_is_map)
+    found = dependence(losses, at, lower_is_map, engine)
     random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name

@@ -13,7 +13,7 @@ from . import closures, levels
 from . import curvature as engines
 from .checks import check_dependence, raise_unused
 from .composite import TwoLevelOptimizer
-from .curvature import Automatic, Curvature
+from .curvature import Curvature
 from .errors import NonFiniteError
 from .evaluation import Evaluation, Norms, measure
 from .hypergradients import (
@@ -192,6 +192,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             NondeterministicClosureError: ``"reverse"`` met other data when it repeated a step.
         """
         before = self._adjoint, self._first_lower, self.metrics, dict(self._counts)
+        engine = engines.packed(self.curvature)
         try:
             with all_or_nothing([self.lower], self._devices()) as guard:
                 both, rules = (upper_closure, lower_closure), (self.upper, self.lower)
@@ -199,6 +200,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
                 return self._step(closures.losses_of(self.curvature, *both, *rules, guard, is_map))
         except BaseException:
             self._adjoint, self._first_lower, self.metrics, self._counts = before
+            engines.unpack(self.curvature, engine)
             raise
 
     @property
@@ -209,7 +211,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
         if not self._dependence_checked:
-            check_dependence(losses, point, names, self.allow_unused, self.lower_is_map)
+            unused, engine = self.allow_unused, self.curvature
+            check_dependence(losses, point, names, unused, self.lower_is_map, engine)
             self._dependence_checked = True
         place = f"in step {number + 1}; nothing was changed"
         is_map, engine = self.lower_is_map, self.curvature
@@ -281,7 +284,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             "adjoint": list(self._adjoint),
             "first_lower": list(self._first_lower),
             **self._counts,
-            "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
+            "engine": engines.packed(self.curvature),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
@@ -296,5 +299,4 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         like = levels.parameters(self.lower) if own["first_lower"] else []
         self._first_lower = placed(own["first_lower"], like)
         self._counts = {name: own[name] for name in self._counts}
-        if own["switched"] and isinstance(self.curvature, Automatic):
-            self.curvature.switch()
+        engines.unpack(self.curvature, own["engine"])

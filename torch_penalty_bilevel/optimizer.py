@@ -15,7 +15,7 @@ from .borrowed import stepped
 from .buffers import BufferGuard
 from .checks import check_count, check_dependence, raise_unused, warn_of_zero
 from .composite import TwoLevelOptimizer
-from .curvature import Automatic, Curvature
+from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
@@ -63,9 +63,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             many calls (minibatch noise may keep it above).
         penalty: ``"stationarity"``, ``"paper"`` (the published schedule), ``"value"`` (gradients
             only), ``"fixed_point"`` (the lower closure returns a map Phi(u, v)) or an object.
-        curvature: ``"auto"``, ``"double_backward"``, ``"finite_difference"``, ``"functional"``
-            (torch.func; the closures are then pure functions of (upper, lower), each a tuple in
-            parameter order or, for parameters given with names, a dict) or an object.
+        curvature: ``"auto"`` (double backward, or finite differences where they must or where
+            measured to be cheaper and close, see ``Automatic``; ``.curvature.reason`` says why),
+            ``"double_backward"``, ``"finite_difference"``, ``"functional"`` (torch.func; the
+            closures are then pure functions of (upper, lower), each a tuple in parameter order or,
+            for parameters given with names, a dict) or an object.
         reduce: averages a tuple of tensors over workers; default: one worker.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
         upper_constraint: an object of ``constraints``, or a list with any number of ``Inequality``.
@@ -131,7 +133,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._build(upper, lower, upper_lr, lower_lr)
         self.lower_steps = lower_steps
         self.warmup_steps = warmup_steps
-        self.curvature = engines.resolve(curvature)
+        self.curvature = engines.resolve(curvature, weighs_costs=True)
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
@@ -165,8 +167,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             f at the last evaluation, detached, 0-d.
 
         Raises:
-            NonFiniteError: a loss, residual or gradient is not finite. As after any exception,
-                parameters, buffers, random generators and state are as before the call.
+            NonFiniteError: a loss, residual or gradient is not finite. As after any exception
+                but one raised by the rules' own step hooks, parameters, buffers, random generators
+                and state are as before the call.
             UnusedParameterError: no loss depends on an upper parameter.
             DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
         """
@@ -291,7 +294,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
     ) -> Generator[Evaluate]:
         """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
-        counts = dict(self._counts)
+        counts, engine = dict(self._counts), engines.packed(self.curvature)
         before = self._dual, self._adjoint, self.metrics, counts, self._sets.multipliers
         try:
             with all_or_nothing(rules, self._devices()) as guard:
@@ -299,6 +302,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
                 yield lambda: self._evaluate(losses)
         except BaseException:
             self._dual, self._adjoint, self.metrics, self._counts, self._sets.multipliers = before
+            engines.unpack(self.curvature, engine)
             raise
 
     def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
@@ -308,7 +312,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at = self._sets.extended(at)
         if not self._dependence_checked:
             is_map = self.penalty.lower_is_map
-            check_dependence(losses, at, names, self.allow_unused, is_map)
+            check_dependence(losses, at, names, self.allow_unused, is_map, self.curvature)
             self._dependence_checked = True
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
@@ -366,7 +370,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             **self._dual.packed(),
             "inequalities": self._sets.saved(),
             **self._counts,
-            "switched": isinstance(self.curvature, Automatic) and self.curvature.switched,
+            "engine": engines.packed(self.curvature),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
@@ -382,5 +386,4 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._sets.load(own["inequalities"], levels.parameters(self.upper)[0].device)
         self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
-        if own["switched"] and isinstance(self.curvature, Automatic):
-            self.curvature.switch()
+        engines.unpack(self.curvature, own["engine"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..choices import chosen
 from ..tensors import Pair
@@ -21,14 +22,15 @@ _BY_NAME: dict[str, Callable[[], Curvature]] = {
 }
 
 
-def resolve(curvature: str | Curvature) -> Curvature:
-    """The engine behind a name, or the engine itself.
+def resolve(curvature: str | Curvature, *, weighs_costs: bool = False) -> Curvature:
+    """The engine behind a name, or the engine itself; ``weighs_costs`` is for ``"auto"``.
 
     Raises:
         ValueError: no engine has this name.
         TypeError: not an engine.
     """
-    return chosen("curvature", curvature, _BY_NAME, "linearise", "FiniteDifference()")
+    by_name = _BY_NAME | {Automatic.name: lambda: Automatic(weighs_costs)}
+    return chosen("curvature", curvature, by_name, "linearise", "FiniteDifference()")
 
 
 def engine_point(engine: Curvature, at: Pair) -> Pair:
@@ -36,6 +38,17 @@ def engine_point(engine: Curvature, at: Pair) -> Pair:
     if isinstance(engine, VectorJacobian):  # no outer graph around torch.func's
         return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
     return at
+
+
+def packed(engine: Curvature) -> dict[str, Any]:
+    """What a checkpoint needs of an engine."""
+    return engine.packed() if isinstance(engine, Automatic) else {}
+
+
+def unpack(engine: Curvature, saved: dict[str, Any]) -> None:
+    """Go on where ``packed`` was called; an engine of another kind goes its own way."""
+    if saved and isinstance(engine, Automatic):
+        engine.unpack(saved)
 
 
 def takes_differences(engine: Curvature) -> bool:

@@ -116,16 +116,18 @@ class LeastSquares(MultiplierRule):
     ) -> tuple[Tensors, DualState]:
         scalars = self._observed(state, norms)
         pull = scalars["pull"]
-        direction = axpy(
-            pull, evaluation.adjoint_residual, scale(evaluation.residual, self.damping)
-        )
         shift = self.ridge * scalars["curvature"] + 2.0 * scalars["indefinite"]
         step = _ratio(1.0, scalars["curvature"] + shift)
-        multiplier = axpy(
-            -step, evaluation.adjoint_residual, scale(state.multiplier, 1.0 - shift * step)
-        )
+        multiplier = state.multiplier
+        if shift > 0:
+            multiplier = scale(multiplier, 1.0 - shift * step)
+        multiplier = axpy(-step, evaluation.adjoint_residual, multiplier)
         if watch.is_hopeless(scalars, state.steps):
             multiplier, scalars = zeros_for(multiplier), watch.restarted(scalars)
+        residual = evaluation.residual
+        if self.damping != 1.0:
+            residual = scale(residual, self.damping)
+        direction = axpy(pull, evaluation.adjoint_residual, residual)
         probe = state.probe
         if evaluation.probe_product:
             probe = scale(evaluation.probe_product, _ratio(1.0, norms.probe_product))
