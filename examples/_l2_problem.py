@@ -25,6 +25,18 @@ from torch.nn.functional import cross_entropy
 GLOBAL_WEIGHTS = 10.0 ** np.arange(-3, 3.5, 0.5)
 
 
+class Pair:
+    """A constant sparse matrix and its transposed; no tuple, for torch.func looks into those."""
+
+    def __init__(self, matrix: Tensor, transposed: Tensor) -> None:
+        self.matrix, self.transposed = matrix, transposed
+
+    @property
+    def swapped(self) -> Pair:
+        """X' and X."""
+        return Pair(self.transposed, self.matrix)
+
+
 class Linear(torch.autograd.Function):
     """Products X v with a constant sparse X, for any number of derivatives.
 
@@ -34,17 +46,16 @@ class Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(v: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
-        return matrix @ v
+    def forward(v: Tensor, pair: Pair) -> Tensor:
+        return pair.matrix @ v
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, *ctx.matrices = inputs
+        _, ctx.pair = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        matrix, transposed = ctx.matrices
-        return Linear.apply(gradients[0], transposed, matrix), None, None
+        return Linear.apply(gradients[0], ctx.pair.swapped), None
 
 
 class Rows:
@@ -53,10 +64,10 @@ class Rows:
     def __init__(self, values: Any, labels: np.ndarray, dtype: torch.dtype) -> None:
         self.values, self.targets = values, labels
         self.labels = torch.from_numpy(labels)
-        self._transposed: Tensor | None = None
+        self._pair: Pair | None = None
         if issparse(values):
             self._matrix = _as_csr(values, dtype)
-            self._transposed = _as_csr(values.T, dtype)
+            self._pair = Pair(self._matrix, _as_csr(values.T, dtype))
         else:
             self._matrix = torch.from_numpy(values).to(dtype)
 
@@ -69,9 +80,9 @@ class Rows:
 
     def outputs(self, v: Tensor) -> Tensor:
         """X v, (n, k)."""
-        if self._transposed is None:
+        if self._pair is None:
             return self._matrix @ v
-        return Linear.apply(v, self._matrix, self._transposed)
+        return Linear.apply(v, self._pair)
 
     def loss(self, v: Tensor) -> Tensor:
         """Mean cross entropy in nats."""

@@ -238,6 +238,25 @@ def test_a_difference_of_zero_is_not_taken_for_independence():
     optimizer.step(lambda: v.square().sum(), lambda: ((v * A * B - 1) ** 2 + v**2).sum())
 
 
+def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():
+    """What depends on u alone is computed once for many lower steps: no loss then sees u."""
+    u, v = leaf(1), leaf(1)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.1, allow_unused=True)
+
+    def upper_loss(u=u):
+        return (v - 1 - u).square().sum()
+
+    def lower_loss(u=u):
+        return (v - u - 2).square().sum()
+
+    optimizer.step(upper_loss, lower_loss)  # looks at what the losses depend on
+    fixed = u.detach().clone()
+    for _ in range(6):  # warnings are errors here
+        optimizer.lower_step(lambda: upper_loss(fixed), lambda: lower_loss(fixed))
+    optimizer.step(upper_loss, lower_loss)
+    assert u.grad.item() != 0
+
+
 def test_first_step_of_finite_differences_takes_no_second_derivative(monkeypatch):
     """The graph of r, made to see what depends on what, would hold twice the activations."""
     made = []

@@ -324,7 +324,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         if unused and not self.allow_unused:
             raise_unused(unused)
         # Once is a coincidence of symmetric starts; never again after the warning.
-        vanished = norms.upper_grad == 0.0 and norms.adjoint > 0.0 and self._sets.upper.is_free
+        seen = len(unused) < len(names)  # a lower step on what was computed at a fixed u sees none
+        vanished = norms.upper_grad == 0.0 < norms.adjoint and seen and self._sets.upper.is_free
         if self._zeros_in_a_row < 3:
             self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
             if self._zeros_in_a_row == 3:
