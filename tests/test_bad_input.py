@@ -230,6 +230,14 @@ def test_a_hypergradient_of_exactly_zero_is_named_once():
         optimizer.step(task.upper, blind)
 
 
+def test_a_difference_of_zero_is_not_taken_for_independence():
+    """u = (A, B) = 0 in v A B: both depend, but no first derivative along v shows it at zero."""
+    A, B = leaf(3), leaf(3)
+    v = torch.ones(3, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer([A, B], [v], curvature="finite_difference")
+    optimizer.step(lambda: v.square().sum(), lambda: ((v * A * B - 1) ** 2 + v**2).sum())
+
+
 def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():
     """What depends on u alone is computed once for many lower steps: no loss then sees u."""
     u, v = leaf(1), leaf(1)
@@ -247,14 +255,6 @@ def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():
         optimizer.lower_step(lambda: upper_loss(fixed), lambda: lower_loss(fixed))
     optimizer.step(upper_loss, lower_loss)
     assert u.grad.item() != 0
-
-
-def test_a_difference_of_zero_is_not_taken_for_independence():
-    """u = (A, B) = 0 in v A B: both depend, but no first derivative along v shows it at zero."""
-    A, B = leaf(3), leaf(3)
-    v = torch.ones(3, requires_grad=True)
-    optimizer = PenaltyBilevelOptimizer([A, B], [v], curvature="finite_difference")
-    optimizer.step(lambda: v.square().sum(), lambda: ((v * A * B - 1) ** 2 + v**2).sum())
 
 
 def test_first_step_of_finite_differences_takes_no_second_derivative(monkeypatch):

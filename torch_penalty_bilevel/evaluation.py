@@ -82,22 +82,23 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         NonFiniteError: naming the quantity and the step.
     """
     upper = {n: g for n, g in zip(names, evaluation.upper_grad, strict=True) if g is not None}
-    blocks: dict[str, Tensors] = {
-        "upper loss f": (evaluation.upper_loss,),
-        "lower loss g": (evaluation.lower_loss,),
-        "adjoint nu + gamma r": norms(evaluation.adjoint),
-        "residual grad_v g": norms(evaluation.residual),
-        "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
-        "tracker residual grad_v g(u, z)": norms(evaluation.tracker_residual),
-        "upper slope grad_v f": evaluation.slope_norms,
-        "second-order product H q": evaluation.product_norms,
-        "adjoint residual grad_v f + H q": norms(evaluation.adjoint_residual),
-        "curvature probe H p": norms(evaluation.probe_product),
-        "curvature <q, H q>": evaluation.curvature_terms,
-    }
-    upper_norms = norms([*upper.values()])
-    blocks |= {f"hypergradient of {n!r}": (g,) for n, g in zip(upper, upper_norms, strict=True)}
-    numbers = _on_host(blocks)
+    # In the order in which they are found: the first that is not finite is named.
+    numbers = _on_host(
+        {
+            "upper loss f": (evaluation.upper_loss,),
+            "lower loss g": (evaluation.lower_loss,),
+            "adjoint nu + gamma r": evaluation.adjoint,
+            "residual grad_v g": evaluation.residual,
+            "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
+            "tracker residual grad_v g(u, z)": evaluation.tracker_residual,
+            "upper slope grad_v f": evaluation.slope_norms,
+            "second-order product H q": evaluation.product_norms,
+            "adjoint residual grad_v f + H q": evaluation.adjoint_residual,
+            "curvature probe H p": evaluation.probe_product,
+            "curvature <q, H q>": evaluation.curvature_terms,
+            **{f"hypergradient of {n!r}": (g,) for n, g in upper.items()},
+        }
+    )
     curvature = sum(numbers["curvature <q, H q>"])
     totals = {label: math.hypot(*parts) for label, parts in numbers.items()}
     for label, value in totals.items():
@@ -115,8 +116,10 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
 
 
 def _on_host(blocks: dict[str, Tensors]) -> dict[str, list[float]]:
-    """Each block's 0-d tensors as numbers, with one transfer for all."""
+    """Each block's 0-d tensors and norms of vectors as numbers, with one transfer for all."""
     flat = [t for block in blocks.values() for t in block]
+    lengths = iter(norms([t for t in flat if t.dim() > 0]))
+    flat = [next(lengths) if t.dim() > 0 else t for t in flat]
     if len({(t.device, t.dtype) for t in flat}) > 1:
         flat = [t.to(flat[0].device, torch.float64) for t in flat]
     numbers = iter(torch.stack(flat).tolist())
