@@ -230,12 +230,18 @@ def test_a_hypergradient_of_exactly_zero_is_named_once():
         optimizer.step(task.upper, blind)
 
 
-def test_a_difference_of_zero_is_not_taken_for_independence():
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_difference_of_zero_is_not_taken_for_independence(others, direct):
     """u = (A, B) = 0 in v A B: both depend, but no first derivative along v shows it at zero."""
-    A, B = leaf(3), leaf(3)
+    A, B, C = leaf(3), leaf(3), leaf(3)
     v = torch.ones(3, requires_grad=True)
-    optimizer = PenaltyBilevelOptimizer([A, B], [v], curvature="finite_difference")
-    optimizer.step(lambda: v.square().sum(), lambda: ((v * A * B - 1) ** 2 + v**2).sum())
+    upper = [A, B, C] if others else [A, B]
+    optimizer = PenaltyBilevelOptimizer(upper, [v], curvature="finite_difference")
+    optimizer.step(
+        lambda: (v.square() + A + B).sum() if direct else v.square().sum(),
+        lambda: ((v * A * B - 1) ** 2 + (v - C if others else v) ** 2).sum(),
+    )
 
 
 def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():

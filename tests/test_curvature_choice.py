@@ -8,73 +8,18 @@ import pickle
 
 import pytest
 import torch
+from choosing import Task, Zigzag, kinked, normalised, plain
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 from torch_penalty_bilevel import (
     HypergradientOptimizer,
     NonFiniteError,
     PenaltyBilevelOptimizer,
 )
-from torch_penalty_bilevel.curvature import Automatic, DoubleBackward, FiniteDifference, evidence
+from torch_penalty_bilevel.curvature import Automatic, DoubleBackward
 from torch_penalty_bilevel.tensors import Pair
 
 FIRST, PERIOD = Automatic._FIRST, Automatic._PERIOD
-
-
-def normalised(seed: int = 0) -> nn.Sequential:
-    """LayerNorm and GELU, whose derivatives torch takes apart when it differentiates twice."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 3))
-
-
-def plain(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 3))
-
-
-class Zigzag(nn.Module):
-    """Slope 1 or -1, changing every thousandth: no difference sees the second derivative 0."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.remainder(2e-3) - 1e-3).abs() + x
-
-
-def kinked(seed: int = 0) -> nn.Sequential:
-    return normalised(seed).insert(3, Zigzag())
-
-
-class Task:
-    """One weight per sample of a small classifier."""
-
-    def __init__(self, net: nn.Module, dtype: torch.dtype = torch.float32, **options) -> None:
-        self.net = net.to(dtype)
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(24, 8, generator=generator, dtype=dtype)
-        self.y = torch.randint(3, (24,), generator=generator)
-        self.scores = torch.zeros(24, dtype=dtype, requires_grad=True)
-        self.lower_calls = 0
-        self.optimizer = PenaltyBilevelOptimizer([self.scores], self.net.parameters(), **options)
-
-    def f(self) -> Tensor:
-        return nn.functional.cross_entropy(self.net(self.x.flip(0)), self.y.flip(0))
-
-    def g(self) -> Tensor:
-        self.lower_calls += 1
-        losses = nn.functional.cross_entropy(self.net(self.x), self.y, reduction="none")
-        return (self.scores.sigmoid() * losses).mean()
-
-    def run(self, steps: int) -> Task:
-        for _ in range(steps):
-            self.optimizer.step(self.f, self.g)
-        return self
-
-    def point(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in (self.scores, *self.net.parameters())])
-
-    @property
-    def engine(self) -> Automatic:
-        return self.optimizer.curvature
 
 
 def test_goes_over_where_double_backward_moves_twice_the_bytes(caplog) -> None:
@@ -155,12 +100,14 @@ def test_graph_serves_further_products_after_a_look() -> None:
             assert all(map(torch.equal, product[level], expected[level]))
 
 
-def test_looks_again_and_returns() -> None:
+def test_looks_again_and_returns(caplog) -> None:
     task = Task(normalised()).run(FIRST)
     assert task.engine.switched
     task.engine._evaluations = PERIOD + FIRST - 1
-    task.run(1)
+    with caplog.at_level(logging.INFO, logger="torch_penalty_bilevel"):
+        task.run(1)
     assert task.engine.switched  # still as good
+    assert not caplog.records  # which is no news
     task.engine._evaluations = PERIOD + FIRST - 1
     task.net.insert(3, Zigzag())
     task.run(1)
@@ -200,6 +147,11 @@ def test_a_failing_step_leaves_the_choice_as_it_was(steps) -> None:
     nan = torch.tensor(float("nan"))
     with pytest.raises(NonFiniteError):
         task.optimizer.step(task.f, lambda: task.g() * nan)  # found after the choice was made
+    assert task.engine.packed() == before
+    handle = task.optimizer.lower.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task.run(1)  # would have gone over to differences
+    handle.remove()
     assert task.engine.packed() == before
     twin = Task(normalised())
     assert torch.equal(task.run(4).point(), twin.run(steps + 4).point())
@@ -248,52 +200,3 @@ def test_self_check_compares_with_exact_products_where_a_difference_was_a_choice
     must = Automatic()
     must.switch()
     assert must.exact().switched
-
-
-# The evidence.
-
-
-def test_traffic_counts_what_operations_read_and_write() -> None:
-    a, b = torch.ones(4, 5, dtype=torch.float32), torch.ones(5, 6, dtype=torch.float32)
-    with evidence.Traffic() as traffic:
-        (a @ b.T.T).sum()  # views are free
-    assert traffic.bytes == 4 * (20 + 30 + 24) + 4 * (24 + 1)
-
-
-def test_evidence_against_its_definition() -> None:
-    task = Task(normalised())
-    at = Pair((task.scores,), tuple(task.net.parameters()))
-    q = tuple(torch.randn_like(v) for v in at.lower)
-    loss = lambda *_: task.g()  # noqa: E731
-    exact = DoubleBackward().linearise(loss, at).product(q)
-    differences = FiniteDifference()
-    others = [FiniteDifference(h).linearise(loss, at).product(q) for h in (3e-5, 1e-4, 3e-4)]
-    with evidence.Traffic() as one_gradient:
-        torch.autograd.grad(task.g(), (*at.upper, *at.lower))
-    found = evidence.weigh(differences, loss, at, q, exact, 1000, evidence.RandomState())
-
-    def error(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> float:
-        gap = torch.cat([(a - b).flatten() for a, b in zip(x, y, strict=True)])
-        return float(gap.norm() / torch.cat([b.flatten() for b in y]).norm())
-
-    errors = [max(map(error, other, exact)) for other in others]
-    assert_close(found.disagreement, min(errors), rtol=1e-5, atol=0)
-    assert differences.relative_step == (3e-5, 1e-4, 3e-4)[errors.index(min(errors))]
-    # The difference's own arithmetic on v (shifting, subtracting) comes on top of a gradient.
-    assert 1000 / (2 * one_gradient.bytes) > found.traffic > 1000 / (4 * one_gradient.bytes)
-
-
-@pytest.mark.parametrize(
-    ("found", "exact", "error"),
-    [(1.1, 1.0, 0.1), (0.0, 0.0, 0.0), (1.0, 0.0, float("inf")), (float("nan"), 1, float("inf"))],
-)
-def test_error_is_relative_and_never_nan(found, exact, error) -> None:
-    pair = ((torch.tensor([found]), None), (torch.tensor([float(exact)]), None))
-    assert_close(evidence._error(*pair), error, rtol=1e-6, atol=0)
-
-
-def test_either_reason_alone_does_not_do() -> None:
-    assert evidence.Evidence(2.1, 0.009).favours_differences
-    assert not evidence.Evidence(1.9, 0.009).favours_differences
-    assert not evidence.Evidence(2.1, 0.011).favours_differences
-    assert not evidence.Evidence(2.1, float("inf")).favours_differences

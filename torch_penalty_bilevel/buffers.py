@@ -45,9 +45,9 @@ class BufferGuard:
         thread = threading.get_ident()
 
         def swap_in_clones(module: nn.Module, _inputs: object) -> None:
-            if threading.get_ident() != thread:
+            if module in visited or threading.get_ident() != thread:
                 return
-            for part in module.modules() if module not in visited else ():
+            for part in module.modules():
                 if part in visited or not part.training:
                     continue
                 visited.add(part)

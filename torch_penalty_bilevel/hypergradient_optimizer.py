@@ -267,7 +267,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._counts["gradient_evaluations"] += evaluation.cost
         scalars = {"weight": 0.0, "damping": self._options.damping or 0.0}
         count = self._counts["gradient_evaluations"]
-        self.metrics = Metrics.of(evaluation, measured, scalars, count)
+        seen = evaluation.upper_loss, evaluation.lower_loss
+        self.metrics = Metrics.of(*seen, measured, scalars, count)
 
     # What TwoLevelOptimizer asks of its subclasses.
 

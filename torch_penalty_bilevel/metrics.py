@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .evaluation import Evaluation, Norms
+from .evaluation import Norms
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,12 @@ class Metrics:
 
     @classmethod
     def of(
-        cls, evaluation: Evaluation, norms: Norms, scalars: dict[str, float], count: int
+        cls,
+        upper_loss: Tensor,
+        lower_loss: Tensor,
+        norms: Norms,
+        scalars: dict[str, float],
+        count: int,
     ) -> Metrics:
         """The numbers of one evaluation, made under ``scalars`` of the multiplier rule."""
         numbers = torch.tensor(
@@ -53,8 +58,8 @@ class Metrics:
         )
         residual, adjoint_residual, upper_grad, weight, damping = numbers.unbind()
         return cls(
-            evaluation.upper_loss,
-            evaluation.lower_loss,
+            upper_loss,
+            lower_loss,
             residual,
             adjoint_residual,
             upper_grad,

@@ -102,7 +102,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "reduce",
         "allow_unused",
         "_sets",
-        "metrics",
+        "_seen",
         "_dual",
         "_adjoint",
         "_counts",
@@ -138,7 +138,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
         self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
-        self.metrics = Metrics.unknown()
+        self._seen: tuple[Tensor, Tensor, Norms, dict[str, float], int] | None = None
         self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
         self._adjoint = self._dual.multiplier
@@ -240,6 +240,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             return self_check.check(subject, options)
 
     @property
+    def metrics(self) -> Metrics:
+        """What the last evaluation saw; made when asked for, as most steps are not."""
+        return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
+
+    @property
     def adjoint(self) -> Tensors:
         """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
         return self._adjoint[: len(levels.parameters(self.lower))]
@@ -295,13 +300,13 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     ) -> Generator[Evaluate]:
         """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
         counts, engine = dict(self._counts), engines.packed(self.curvature)
-        before = self._dual, self._adjoint, self.metrics, counts, self._sets.multipliers
+        before = self._dual, self._adjoint, self._seen, counts, self._sets.multipliers
         try:
             with all_or_nothing(rules, self._devices()) as guard:
                 losses = self._losses(upper_closure, lower_closure, guard)
                 yield lambda: self._evaluate(losses)
         except BaseException:
-            self._dual, self._adjoint, self.metrics, self._counts, self._sets.multipliers = before
+            self._dual, self._adjoint, self._seen, self._counts, self._sets.multipliers = before
             engines.unpack(self.curvature, engine)
             raise
 
@@ -331,9 +336,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             if self._zeros_in_a_row == 3:
                 warn_of_zero()
         self._counts["gradient_evaluations"] += evaluation.cost
-        self.metrics = Metrics.of(
-            evaluation, norms, dual.scalars, self._counts["gradient_evaluations"]
-        )
+        losses_seen = evaluation.upper_loss, evaluation.lower_loss
+        self._seen = *losses_seen, norms, dual.scalars, self._counts["gradient_evaluations"]
         return evaluation, norms
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:

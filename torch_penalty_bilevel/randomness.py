@@ -26,9 +26,10 @@ class RandomState:
             for device in set(devices)
             if device.type not in ("cpu", "meta")
         }
-        # A closure can only have used NumPy if someone imported it.
-        numpy: Any = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
+        # A closure can only have drawn from NumPy if someone imported this, which NumPy does not
+        # do by itself; asking for the state takes as long as a small network's forward pass.
+        numpy_random: Any = sys.modules.get("numpy.random")
+        self._numpy = None if numpy_random is None else numpy_random.get_state()
 
     def restore(self) -> None:
         """Put every generator back to where it was."""
@@ -37,7 +38,7 @@ class RandomState:
         for device, state in self._accelerators.items():
             torch.get_device_module(device).set_rng_state(state, device)
         if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+            sys.modules["numpy.random"].set_state(self._numpy)
 
     @contextlib.contextmanager
     def replayed(self) -> Generator[None]:

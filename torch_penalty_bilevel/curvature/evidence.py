@@ -107,7 +107,8 @@ def weigh(
     errors: dict[float, float] = {}
     traffic = Traffic()
     with contextlib.ExitStack() as stack:
-        # v is put back bit by bit, so graphs that hold it stay right: autograd need not know.
+        # v is put back bit by bit, so graphs that hold it stay right: autograd need not know. (A
+        # dispatch mode hides it in torch 2.13, which is no promise.)
         for parameter in at.lower:
             stack.enter_context(_unsafe_preserve_version_counter(parameter))
         for differences.relative_step in _STEPS:
