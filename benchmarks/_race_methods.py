@@ -40,6 +40,8 @@ def penalty(task: Task, rates: Rates, **options: Any) -> Step:
     def step() -> None:
         nonlocal ready
         task.begin()
+        if task.is_new:
+            optimizer.restart_lower()
         if ready:  # the very first evaluation looks at what the losses depend on
             with task.held_upper():
                 for _ in range(rates.lower_steps - 1):

@@ -124,12 +124,20 @@ def raise_unused(names: Sequence[str], direct_only: bool = False) -> None:
     )
 
 
-def warn_of_zero() -> None:
-    """Say that the hypergradient is exactly zero although the multiplier is not."""
-    warnings.warn(
-        "the hypergradient was exactly zero three times in a row: either u is at a stationary "
-        "point, or the losses do not see it (a detach, an argmax, a rounding or a dead activation "
-        "on the way?)",
-        BilevelWarning,
-        stacklevel=5,
-    )
+def zeros_in_a_row(before: int, vanished: bool) -> int:
+    """Count hypergradients of exactly zero although the multiplier is not; warn of the third.
+
+    Once is a coincidence of symmetric starts. After the warning the count stays at three.
+    """
+    if before == 3:
+        return 3
+    count = before + 1 if vanished else 0
+    if count == 3:
+        warnings.warn(
+            "the hypergradient was exactly zero three times in a row: either u is at a stationary "
+            "point, or the losses do not see it (a detach, an argmax, a rounding or a dead "
+            "activation on the way?)",
+            BilevelWarning,
+            stacklevel=5,
+        )
+    return count

@@ -70,6 +70,14 @@ class DualState(NamedTuple):
             moments=fill(self.moments, ({},) * len(new)) if self.tracker else (),
         )
 
+    def restarted(self, lower: Sequence[Tensor]) -> DualState:
+        """Nu = 0 and z = v, where ``lower`` starts; what is known of scales and curvature stays."""
+        return self._replace(
+            multiplier=zeros_for(self.multiplier),
+            tracker=clones(lower) if self.tracker else (),
+            moments=({},) * len(self.moments),
+        )
+
     def packed(self) -> dict[str, Any]:
         """For a state dict; tensors are not copied."""
         return {

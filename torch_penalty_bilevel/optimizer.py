@@ -13,7 +13,7 @@ from . import closures, levels, penalties, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
-from .checks import check_count, check_dependence, raise_unused, warn_of_zero
+from .checks import check_count, check_dependence, raise_unused, zeros_in_a_row
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
@@ -201,9 +201,20 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             evaluation, norms = evaluate()
             self._adjoint = self._merged(evaluation.adjoint)
             self._move_upper(evaluation, norms)
-        # Schedulers warn unless they saw step() being called; in half-steps this stands for it.
-        self._opt_called = True
+        self._opt_called = True  # schedulers warn unless step() was called; this stands for it
         return evaluation.upper_loss
+
+    def restart_lower(self) -> None:
+        """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
+
+        The multiplier, those of lower inequalities and the tracker of the value gap belong to the
+        problem before: they return to 0 and to v. The lower rule keeps its moments; clear
+        ``optimizer.lower.state`` where they should not carry over.
+        """
+        sets = self._sets.lower
+        sets.multipliers = zeros_for(sets.multipliers)
+        self._dual = self._dual.restarted([*levels.parameters(self.lower), *sets.multipliers])
+        self._adjoint = self._dual.multiplier
 
     def check_hypergradient(
         self,
@@ -328,16 +339,12 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
-        # Once is a coincidence of symmetric starts; never again after the warning.
         seen = len(unused) < len(names)  # a lower step on what was computed at a fixed u sees none
         vanished = norms.upper_grad == 0.0 < norms.adjoint and seen and self._sets.upper.is_free
-        if self._zeros_in_a_row < 3:
-            self._zeros_in_a_row = self._zeros_in_a_row + 1 if vanished else 0
-            if self._zeros_in_a_row == 3:
-                warn_of_zero()
+        self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
         self._counts["gradient_evaluations"] += evaluation.cost
-        losses_seen = evaluation.upper_loss, evaluation.lower_loss
-        self._seen = *losses_seen, norms, dual.scalars, self._counts["gradient_evaluations"]
+        cost = self._counts["gradient_evaluations"]
+        self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, dual.scalars, cost
         return evaluation, norms
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
