@@ -108,7 +108,7 @@ def test_looks_again_and_returns(caplog) -> None:
         task.run(1)
     assert task.engine.switched  # still as good
     assert not caplog.records  # which is no news
-    task.engine._evaluations = PERIOD + FIRST - 1
+    task.engine._evaluations = 2 * PERIOD + FIRST - 1
     task.net.insert(3, Zigzag())
     task.run(1)
     assert not task.engine.switched

@@ -63,6 +63,7 @@ class Norms(NamedTuple):
     product: float
     probe_product: float
     upper_grad: float
+    """NaN where only v was about to move."""
     curvature: float
     """<q, H q>, which has a sign; 0 where nothing asked for it."""
 
@@ -111,7 +112,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
     _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, _, *parts = (
         totals.values()
     )
-    upper_grad = math.hypot(*parts)
+    upper_grad = math.hypot(*parts) if names else math.nan
     return Norms(adjoint, residual, adjoint_residual, slope, product, probe, upper_grad, curvature)
 
 

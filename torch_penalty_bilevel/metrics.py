@@ -27,7 +27,8 @@ class Metrics:
     adjoint_residual_norm: Tensor
     """||grad_v f + H q||_2, the certificate: how far q is from the exact adjoint."""
     upper_grad_norm: Tensor
-    """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate."""
+    """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate; NaN after a mere
+    ``lower_step``, which has no use for it."""
     penalty_weight: Tensor
     """gamma, multiplies ||r||^2 / 2 or the value gap; of a relative one 0 until the first step."""
     damping: Tensor

@@ -22,11 +22,11 @@ from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
-from .tensors import Tensors, clones, placed, zeros_for
+from .tensors import Pair, Tensors, clones, placed, zeros_for
 from .transaction import all_or_nothing, rehearsal
 
 Closure: TypeAlias = Callable[..., Tensor]
-Evaluate: TypeAlias = Callable[[], tuple[Evaluation, Norms]]
+Evaluate: TypeAlias = Callable[[bool], tuple[Evaluation, Norms]]
 
 
 class PenaltyBilevelOptimizer(TwoLevelOptimizer):
@@ -146,8 +146,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dependence_checked = False
         self._zeros_in_a_row = 0
 
-    # The method.
-
     def step(  # type: ignore[override]
         self, upper_closure: Closure, lower_closure: Closure
     ) -> Tensor:
@@ -155,9 +153,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
         The last lower evaluation also serves the upper update where the rule allows it:
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
-        step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published.
-        BatchNorm statistics move once per call. The first call evaluates both losses once more,
-        to see what they depend on.
+        step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
+        the one that serves u is differentiated with respect to u. BatchNorm statistics move once per
+        call. The first call evaluates both losses once more, to see what they depend on.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
@@ -179,26 +177,26 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             upper_closure, lower_closure, rules=[] if one_evaluation else [self.lower]
         ) as evaluate:
             for _ in range(self.lower_steps - 1):
-                self._move_lower(*evaluate())
-            evaluation, norms = evaluate()
+                self._move_lower(*evaluate(False))
+            evaluation, norms = evaluate(shared)
             self._move_lower(evaluation, norms)
             if not shared:
-                evaluation, norms = evaluate()
+                evaluation, norms = evaluate(True)
                 self._adjoint = self._merged(evaluation.adjoint)
             self._move_upper(evaluation, norms, hold=self._warms_up(norms))
         return evaluation.upper_loss
 
     def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
-        """One update of v and of the multiplier; returns f. See ``step``."""
+        """One update of v and of the multiplier, blind to u; returns f. See ``step``."""
         with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            evaluation, norms = evaluate()
+            evaluation, norms = evaluate(False)
             self._move_lower(evaluation, norms)
         return evaluation.upper_loss
 
     def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of u from a fresh evaluation; returns f. See ``step``."""
         with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            evaluation, norms = evaluate()
+            evaluation, norms = evaluate(True)
             self._adjoint = self._merged(evaluation.adjoint)
             self._move_upper(evaluation, norms)
         self._opt_called = True  # schedulers warn unless step() was called; this stands for it
@@ -315,33 +313,35 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         try:
             with all_or_nothing(rules, self._devices()) as guard:
                 losses = self._losses(upper_closure, lower_closure, guard)
-                yield lambda: self._evaluate(losses)
+                yield lambda for_upper: self._evaluate(losses, for_upper)
         except BaseException:
             self._dual, self._adjoint, self._seen, self._counts, self._sets.multipliers = before
             engines.unpack(self.curvature, engine)
             raise
 
-    def _evaluate(self, losses: Losses) -> tuple[Evaluation, Norms]:
+    def _evaluate(self, losses: Losses, for_upper: bool) -> tuple[Evaluation, Norms]:
+        """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
         at, names = self._point(), self._moving_upper_names()
         self._dual = self._sets.start(losses, at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
         if not self._dependence_checked:
-            is_map = self.penalty.lower_is_map
-            check_dependence(losses, at, names, self.allow_unused, is_map, self.curvature)
+            engine, is_map = self.curvature, self.penalty.lower_is_map
+            check_dependence(losses, at, names, self.allow_unused, is_map, engine)
             self._dependence_checked = True
+        if not for_upper and engines.reads_live(self.curvature):
+            at, names = Pair((), at.lower), []
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        values = losses.upper_values
-        evaluation = self._sets.upper.restricted(evaluation, at, values, self.reduce)
+        evaluation = self._sets.upper.restricted(evaluation, at, losses.upper_values, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)
-        seen = len(unused) < len(names)  # a lower step on what was computed at a fixed u sees none
-        vanished = norms.upper_grad == 0.0 < norms.adjoint and seen and self._sets.upper.is_free
-        self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
+        if len(unused) < len(names):
+            vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
+            self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
         self._counts["gradient_evaluations"] += evaluation.cost
         cost = self._counts["gradient_evaluations"]
         self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, dual.scalars, cost

@@ -35,9 +35,14 @@ def resolve(curvature: str | Curvature, *, weighs_costs: bool = False) -> Curvat
 
 def engine_point(engine: Curvature, at: Pair) -> Pair:
     """``at`` as the engine wants it; what is returned moves with it."""
-    if isinstance(engine, VectorJacobian):  # no outer graph around torch.func's
+    if not reads_live(engine):  # no outer graph around torch.func's
         return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
     return at
+
+
+def reads_live(engine: Curvature) -> bool:
+    """Do losses read the live tensors, whatever point they are asked for?"""
+    return not isinstance(engine, VectorJacobian)
 
 
 def packed(engine: Curvature) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Automatic:
         self._weighs_costs = weighs_costs
         self._works = False  # has double backward been through once?
         self._evaluations = 0
+        self._next_look = self._FIRST
 
     @property
     def switched(self) -> bool:
@@ -75,6 +76,7 @@ class Automatic:
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         self._evaluations += 1
         if self._weighs_costs and self._works and self._is_time(at):
+            self._next_look = self._evaluations + self._PERIOD
             return self._compared(loss, at, reusable)
         if self._works or self.switched:
             return self.current.linearise(loss, at, reusable=reusable)
@@ -101,6 +103,7 @@ class Automatic:
             "works": self._works,
             "weighs_costs": self._weighs_costs,
             "evaluations": self._evaluations,
+            "next_look": self._next_look,
         }
 
     def unpack(self, saved: dict[str, Any]) -> None:
@@ -110,7 +113,7 @@ class Automatic:
             self.switch()
             self.current = FiniteDifference(saved["relative_step"])
         self._works, self._weighs_costs = saved["works"], saved["weighs_costs"]
-        self._evaluations = saved["evaluations"]
+        self._evaluations, self._next_look = saved["evaluations"], saved["next_look"]
 
     # Must it?
 
@@ -147,7 +150,9 @@ class Automatic:
     # May it?
 
     def _is_time(self, at: Pair) -> bool:
-        return self._evaluations % self._PERIOD == self._FIRST and evidence.is_comparable(at)
+        # Both J q and H q are compared, so not where only v is about to move.
+        due = self._evaluations >= self._next_look and len(at.upper) > 0
+        return due and evidence.is_comparable(at)
 
     def _compared(self, loss: Loss, at: Pair, reusable: bool) -> Linearised:
         """By double backward; the first product that is not zero is also taken by a difference."""
