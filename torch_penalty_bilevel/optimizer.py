@@ -154,8 +154,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         The last lower evaluation also serves the upper update where the rule allows it:
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
         step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
-        the one that serves u is differentiated with respect to u. BatchNorm statistics move once per
-        call. The first call evaluates both losses once more, to see what they depend on.
+        the one that serves u is differentiated with respect to u. BatchNorm statistics move once
+        per call. The first call evaluates both losses once more, to see what they depend on.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
