@@ -47,6 +47,17 @@ def test_dual_variables_are_as_at_the_start(penalty):
         assert not torch.equal(twin.optimizer._dual.tracker[0], twin.v)
 
 
+def test_the_tracker_keeps_moments_as_the_lower_rule_does():
+    """Started afresh they would move z by whole learning rates, v by what is left of its own."""
+    twin = Twin("value")
+    twin.optimizer = PenaltyBilevelOptimizer([twin.u], [twin.v], penalty="value")
+    twin.lower_steps(3)
+    before = twin.optimizer._dual.moments[0]["exp_avg"].clone()
+    twin.optimizer.restart_lower()
+    assert before.any()
+    assert torch.equal(twin.optimizer._dual.moments[0]["exp_avg"], before)
+
+
 def test_without_pull_the_second_problem_is_solved_as_by_a_new_optimizer():
     """share = 0 leaves v to g alone; with L known, nu goes the way it would have gone at once."""
     from torch_penalty_bilevel import LeastSquares

@@ -71,11 +71,10 @@ class DualState(NamedTuple):
         )
 
     def restarted(self, lower: Sequence[Tensor]) -> DualState:
-        """Nu = 0 and z = v, where ``lower`` starts; what is known of scales and curvature stays."""
+        """Nu = 0 and z = v, where ``lower`` starts; scales, curvature and moments are kept."""
         return self._replace(
             multiplier=zeros_for(self.multiplier),
             tracker=clones(lower) if self.tracker else (),
-            moments=({},) * len(self.moments),
         )
 
     def packed(self) -> dict[str, Any]:

@@ -206,8 +206,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
 
         The multiplier, those of lower inequalities and the tracker of the value gap belong to the
-        problem before: they return to 0 and to v. The lower rule keeps its moments; clear
-        ``optimizer.lower.state`` where they should not carry over.
+        problem before: they return to 0 and to v. The lower rule keeps its moments, and those of
+        the tracker.
         """
         sets = self._sets.lower
         sets.multipliers = zeros_for(sets.multipliers)
