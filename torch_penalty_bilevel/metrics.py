@@ -35,7 +35,8 @@ class Metrics:
     """lambda, multiplies g in the lower level."""
     gradient_evaluations: int
     """Since construction: gradients of f and of g, and second-order products, each as one (two for
-    a central difference)."""
+    a central difference); without the first step's check of dependences and the looks of
+    ``"auto"`` at both engines."""
 
     @classmethod
     def of(
