@@ -14,6 +14,7 @@ from torch_penalty_bilevel import (
     Stationarity,
     UnusedParameterError,
 )
+from torch_penalty_bilevel.checks import zeros_in_a_row
 
 
 def leaf(*shape):
@@ -279,3 +280,14 @@ def test_first_step_of_finite_differences_takes_no_second_derivative(monkeypatch
         task.run(1)
         assert made
         assert any(made) == twice
+
+
+def test_three_zeros_in_a_row_are_reported_once():
+    counts, count = [], 0
+    for vanished in (True, True, False, True, True):  # warnings are errors here
+        count = zeros_in_a_row(count, vanished)
+        counts.append(count)
+    assert counts == [1, 2, 0, 1, 2]
+    with pytest.warns(BilevelWarning, match="exactly zero three times"):
+        count = zeros_in_a_row(count, True)
+    assert zeros_in_a_row(count, True) == zeros_in_a_row(count, False) == 3

@@ -31,6 +31,18 @@ def test_goes_over_where_double_backward_moves_twice_the_bytes(caplog) -> None:
     assert "moves" in task.engine.reason
     (record,) = caplog.records
     assert record.getMessage().startswith(f"finite_difference from evaluation {FIRST}: ")
+    before = task.lower_calls
+    assert task.run(1).lower_calls == before + 2  # a gradient here and one at the shifted point
+
+
+def test_looks_only_where_both_products_are_wanted() -> None:
+    """A lower step forms no J q, so it cannot say how far a difference of it would be off."""
+    task = Task(normalised())
+    for _ in range(2 * FIRST):
+        task.optimizer.lower_step(task.f, task.g)
+    assert not task.engine.switched
+    task.optimizer.upper_step(task.f, task.g)
+    assert task.engine.switched
 
 
 @pytest.mark.parametrize(
