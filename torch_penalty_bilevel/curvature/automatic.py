@@ -27,13 +27,12 @@ class Automatic:
     graph holds one whose second derivative is known to be silently wrong, or a custom
     ``autograd.Function``, for which nothing vouches.
 
-    It may, with ``weighs_costs``: every 500 evaluations, from the 10th on, one product is
-    taken both ways (for about seven more gradients). Differences are used until the next
-    look where double backward moves more than twice the bytes (CNNs and MLPs with
-    normalisation, LSTMs, attention) and both products agree to one per
-    cent at the best of three relative steps. Once it does not,
-    double backward stays, without further looks: on ReLU networks, near zero loss, and where it is
-    as cheap. Only in float32, without autocast, on one worker.
+    It may, with ``weighs_costs``: every 500 evaluations, from the 10th on, one product is taken
+    both ways (for about seven more gradients). Differences are used until the next look where
+    double backward moves more than twice the bytes (CNNs and MLPs with normalisation, LSTMs,
+    attention) and both products agree to one per cent at the best of three relative steps. Once
+    they do not, double backward stays, without further looks: on ReLU networks, near zero loss,
+    and where it is as cheap. Only in float32, without autocast, on one worker.
 
     ``current`` is the engine in use and ``reason`` says why; changes are logged (INFO).
 
