@@ -243,6 +243,8 @@ def test_a_difference_of_zero_is_not_taken_for_independence(others, direct):
         lambda: (v.square() + A + B).sum() if direct else v.square().sum(),
         lambda: ((v * A * B - 1) ** 2 + (v - C if others else v) ** 2).sum(),
     )
+    for p in (A, B):  # neither refused nor left out: grad_u f, as J q is still zero
+        assert torch.equal(p.grad, torch.full_like(p, float(direct)))
 
 
 def test_lower_steps_at_a_fixed_upper_point_are_not_suspicious():
