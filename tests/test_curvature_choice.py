@@ -80,7 +80,7 @@ def test_a_look_changes_no_number() -> None:
         return Task(net)
 
     looked, exact = task(), task()
-    exact.engine._weighs_costs = False
+    exact.engine._looks = False
     for each in (looked, exact):
         torch.manual_seed(3)
         each.run(FIRST)
@@ -134,7 +134,8 @@ def test_goes_over_for_good_when_it_must_after_a_look() -> None:
     with pytest.warns(match="hardsigmoid"):
         task.run(1)
     assert task.engine.switched
-    assert not task.engine._weighs_costs
+    assert not task.engine._works
+    assert task.run(30).engine.switched
 
 
 def test_stays_where_the_closure_draws_other_data() -> None:
@@ -177,7 +178,7 @@ def test_zero_directions_decide_nothing() -> None:
     for _ in range(FIRST):
         engine.linearise(lambda *_: task.g(), at).product(zero)
     assert not engine.switched
-    assert engine._weighs_costs
+    assert engine._looks
 
 
 def test_a_checkpoint_goes_on_as_if_never_stopped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,17 @@ from torch.utils.checkpoint import CheckpointFunction
 # weight_norm: the saved norm is treated as a constant, so the Hessian with respect to the
 # direction v is wrong by its own size while the gradient is exact.
 _SILENTLY_WRONG = {"WeightNormInterfaceBackward0": "torch.nn.utils weight_norm"}
+
+# Operations with a derivative that jumps where their input crosses a value or changes places with
+# another. A difference of gradients sees the jumps, autograd's second derivative does not.
+_KINKED = re.compile(
+    r"(Relu|LeakyRelu|PreluKernel|RreluWithNoise|Threshold|Hardtanh|Hardsigmoid|Hardswish|"
+    r"Softshrink|Hardshrink|Abs|Sgn|Sign|Copysign|Clamp|ClampMin|ClampMax|"
+    r"(Adaptive|Fractional|Mkldnn)?MaxPool[123]D(WithIndices)?|MaxUnpool[123]D|"
+    r"Max|Min|Amax|Amin|Aminmax|Maximum|Minimum|Fmax|Fmin|Cummax|Cummin|"
+    r"Sort|Topk|Kthvalue|Median|Nanmedian|Mode|MultiMarginLoss|MultilabelMarginLoss|"
+    r"Round|Floor|Ceil|Trunc|Frac|Remainder|Fmod|Where|Cdist|GridSampler[23]D)Backward\d*"
+)
 
 
 def nodes(*outputs: Tensor) -> Iterator[Any]:
@@ -63,6 +75,29 @@ def custom_function(output: Tensor) -> str | None:
         if isinstance(node, BackwardCFunction):
             return _function_name(node)
     return None
+
+
+def kink(output: Tensor) -> str | None:
+    """Name of an operation behind ``output`` with a derivative that jumps: ReLU, maxima, |x|.
+
+    ELU counts where its slopes at 0 differ (SELU, alpha not 1), a vector norm where it is not the
+    2-norm. Huber's loss does not: its gradient is continuous.
+    """
+    for node in nodes(output):
+        name = node.name()
+        if _KINKED.fullmatch(name) or _is_bent_elu(node) or _is_polyhedral_norm(node):
+            return re.sub(r"Backward\d*$", "", name)
+    return None
+
+
+def _is_bent_elu(node: Any) -> bool:
+    if not node.name().startswith("EluBackward"):
+        return False
+    return float(node._saved_alpha) * float(node._saved_input_scale) != 1.0
+
+
+def _is_polyhedral_norm(node: Any) -> bool:
+    return node.name().startswith("LinalgVectorNorm") and float(node._saved_ord) != 2.0
 
 
 def _once_differentiable(node: Any) -> bool:

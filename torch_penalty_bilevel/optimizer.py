@@ -336,6 +336,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
         evaluation = self._sets.upper.restricted(evaluation, at, losses.upper_values, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
+        engines.observe(self.curvature, norms.adjoint_residual, norms.slope)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
             raise_unused(unused)

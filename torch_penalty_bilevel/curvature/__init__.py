@@ -56,6 +56,12 @@ def unpack(engine: Curvature, saved: dict[str, Any]) -> None:
         engine.unpack(saved)
 
 
+def observe(engine: Curvature, adjoint_residual: float, slope: float) -> None:
+    """Tell an engine that chooses what came of its products: ||grad_v f + H q||, ||grad_v f||."""
+    if isinstance(engine, Automatic):
+        engine.observe(adjoint_residual, slope)
+
+
 def takes_differences(engine: Curvature) -> bool:
     """Are the engine's products differences of gradients, with an error of their own?"""
     current = engine.current if isinstance(engine, Automatic) else engine

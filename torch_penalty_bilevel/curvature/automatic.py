@@ -6,6 +6,7 @@ import logging
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import graph
@@ -13,26 +14,37 @@ from ..errors import BilevelWarning, DoubleBackwardError, NondeterministicClosur
 from ..randomness import RandomState
 from ..tensors import OptionalPair, Pair, Tensors, norm
 from . import evidence
+from .alarm import Alarm
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference
 from .protocol import Curvature, Linearised, Loss, Map
 
 _log = logging.getLogger(__name__)
+_STEADY = 0.1
 
 
 class Automatic:
-    """Start with double backward; go over to finite differences on evidence.
+    """Start with double backward; go over to finite differences on evidence, and back.
 
-    It must, with one warning, when torch says that an operation has no second derivative, when the
-    graph holds one whose second derivative is known to be silently wrong, or a custom
-    ``autograd.Function``, for which nothing vouches.
+    It must go over, with a warning, when torch says that an operation has no second derivative,
+    when the graph holds one whose second derivative is known to be silently wrong, or a custom
+    ``autograd.Function``, for which nothing vouches; and when differences agree with each other but
+    not with double backward, as where a gradient made by a hook or under ``no_grad`` hides from the
+    graph how it depends on v.
 
-    It may, with ``weighs_costs``: every 500 evaluations, from the 10th on, one product is taken
-    both ways (for about seven more gradients). Differences are used until the next look where
-    double backward moves more than twice the bytes (CNNs and MLPs with normalisation, LSTMs,
-    attention) and both products agree to one per cent at the best of three relative steps. Once
-    they do not, double backward stays, without further looks: on ReLU networks, near zero loss,
-    and where it is as cheap. Only in float32, without autocast, on one worker.
+    It may, with ``weighs_costs``, where double backward moves more than twice the bytes (networks
+    with LayerNorm or GroupNorm, LSTMs, attention) and both products agree to one per cent at the
+    best of three relative steps; in float32.
+
+    Never by choice where the graph of g has kinks (ReLU, max-pooling, clamps): one difference may
+    agree and the next be off by many times ||H q||, as its shift crosses kinks of which autograd's
+    second derivative knows nothing.
+
+    Looks come at the 10th evaluation, then at twice the distance up to every 500, and when the
+    certificate has tripled since the last (``Alarm``); each costs about seven gradients. After a
+    disagreement, or where double backward is as cheap, it stays for good. Where differences must
+    serve, a look compares their steps with each other, takes the best and warns if none is steady.
+    No looks with 16 bits, under autocast or on several workers.
 
     ``current`` is the engine in use and ``reason`` says why; changes are logged (INFO).
 
@@ -50,8 +62,11 @@ class Automatic:
         self.reason = "no product has been taken yet"
         self._weighs_costs = weighs_costs
         self._works = False  # has double backward been through once?
+        self._looks = True
+        self._unsteady = False  # was it said?
         self._evaluations = 0
-        self._next_look = self._FIRST
+        self._next_look = self._gap = self._FIRST
+        self._alarm = Alarm()
 
     @property
     def switched(self) -> bool:
@@ -74,9 +89,11 @@ class Automatic:
 
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         self._evaluations += 1
-        if self._weighs_costs and self._works and self._is_time(at):
-            self._next_look = self._evaluations + self._PERIOD
-            return self._compared(loss, at, reusable)
+        if self._is_time(at):
+            self._gap = min(2 * self._gap, self._PERIOD)
+            self._next_look = self._evaluations + self._gap
+            self._alarm = self._alarm.reset()
+            return (self._compared if self._works else self._rechecked)(loss, at, reusable)
         if self._works or self.switched:
             return self.current.linearise(loss, at, reusable=reusable)
         return self._tried(loss, at, reusable)
@@ -85,34 +102,49 @@ class Automatic:
         # First derivatives only: nothing to switch away from.
         return self._exact.linearise_map(phi, at, reusable=reusable)
 
+    def observe(self, adjoint_residual: float, slope: float) -> None:
+        """Hear ||grad_v f + H q|| and ||grad_v f|| of a step; may bring the next look forward."""
+        self._alarm = self._alarm.after(adjoint_residual, slope)
+        if self.switched and self._alarm.rings:
+            self._next_look = self._evaluations
+
     def switch(self, reason: str | None = None) -> None:
         """Use finite differences from now on."""
         self.current = FiniteDifference()
-        self._works = self._weighs_costs = False
+        self._works = False
         self.reason = reason or "switched by hand or by a checkpoint"
         if reason is not None:
-            warnings.warn(f"switched to finite differences: {reason}", BilevelWarning, stacklevel=6)
+            _warn(f"switched to finite differences: {reason}")
 
     def packed(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        current = self.current
         return {
             "switched": self.switched,
-            "relative_step": getattr(current, "relative_step", None),
+            "relative_step": getattr(self.current, "relative_step", None),
             "works": self._works,
             "weighs_costs": self._weighs_costs,
+            "looks": self._looks,
+            "unsteady": self._unsteady,
             "evaluations": self._evaluations,
             "next_look": self._next_look,
+            "gap": self._gap,
+            "alarm": list(self._alarm),
+            "reason": self.reason,
         }
 
     def unpack(self, saved: dict[str, Any]) -> None:
-        """Go on where ``packed`` was called."""
+        """Go on where ``packed`` was called, also by a version that looked at fixed distances."""
         self.current = self._exact
         if saved["switched"]:
             self.switch()
             self.current = FiniteDifference(saved["relative_step"])
         self._works, self._weighs_costs = saved["works"], saved["weighs_costs"]
+        self._looks = saved.get("looks", saved["weighs_costs"])
+        self._unsteady = saved.get("unsteady", False)
         self._evaluations, self._next_look = saved["evaluations"], saved["next_look"]
+        self._gap = saved.get("gap", self._PERIOD)
+        self._alarm = Alarm(*saved.get("alarm", ()))
+        self.reason = saved.get("reason", self.reason)
 
     # Must it?
 
@@ -140,24 +172,33 @@ class Automatic:
                 # For later products too: a difference has since moved v under the first graph.
                 current = again(error)
                 return current.product(direction)
-            if current is tried and not self._works:
+            if current is tried and not self._works and not self.switched:
                 self._works, self.reason = True, "torch has all second derivatives"
             return result
 
         return Linearised(tried.loss, tried.residual, product)
 
-    # May it?
+    # Looks.
 
     def _is_time(self, at: Pair) -> bool:
         # Both J q and H q are compared, so not where only v is about to move.
+        ready = self._looks and (self._works or self.switched)
         due = self._evaluations >= self._next_look and len(at.upper) > 0
-        return due and evidence.is_comparable(at)
+        return ready and due and evidence.is_comparable(at)
 
     def _compared(self, loss: Loss, at: Pair, reusable: bool) -> Linearised:
-        """By double backward; the first product that is not zero is also taken by a difference."""
+        """By double backward; the first product that is not zero is also taken by differences."""
         random = RandomState(t.device for t in (*at.upper, *at.lower))
+        kink: str | None = None
+
+        def inspected(upper: Tensors, lower: Tensors) -> Tensor:
+            nonlocal kink
+            value = loss(upper, lower)
+            kink = graph.kink(value)
+            return value
+
         with evidence.Traffic() as traffic:
-            exact = self._tried(loss, at, reusable)
+            exact = self._tried(inspected, at, reusable)
         is_open = True
 
         def product(direction: Tensors) -> OptionalPair:
@@ -166,7 +207,10 @@ class Automatic:
                 result = exact.product(direction)
             if is_open and self._works and float(norm(direction)) > 0:
                 is_open = False
-                self._decide(loss, at, direction, result, traffic.bytes, random)
+                if kink is None:
+                    self._decide(loss, at, direction, result, traffic.bytes, random)
+                else:
+                    self._use(self._exact, f"{kink} has kinks, which differences stumble over")
             return result
 
         return exact._replace(product=product)
@@ -182,18 +226,67 @@ class Automatic:
     ) -> None:
         before = self.current
         differences = before if isinstance(before, FiniteDifference) else FiniteDifference()
-        self._weighs_costs = False
         try:
             found = evidence.weigh(differences, loss, at, direction, exact, moved, random)
-            self._weighs_costs = found.favours_differences
-            self.reason = str(found)
         except NondeterministicClosureError:
-            self.reason = "the lower closure draws other data when called again"
-        self.current = differences if self._weighs_costs else self._exact
-        if type(self.current) is not type(before):
-            _log.info(
-                "%s from evaluation %d: %s", self.current.name, self._evaluations, self.reason
+            self._looks = False
+            self._use(self._exact, "the lower closure draws other data when called again")
+            return
+        if found.refutes_double_backward:
+            self.switch(
+                f"they agree to {found.spread:.1g} among themselves and differ by "
+                f"{found.disagreement:.1g} from autograd's second derivative, which does not see "
+                "how the gradient depends on v: is it made in a hook or a custom backward, or from "
+                "values under no_grad or detach? Also ask optimizer.check_hypergradient(...)"
             )
+            self.current = differences
+            return
+        # With 64 bits accuracy is the point.
+        may = self._weighs_costs and all(v.dtype == torch.float32 for v in at.lower)
+        self._looks = may and found.favours_differences
+        self._use(differences if self._looks else self._exact, str(found))
+
+    def _use(self, engine: Curvature, reason: str) -> None:
+        news = type(engine) is not type(self.current)
+        self.current, self.reason = engine, reason
+        if news:
+            _log.info("%s from evaluation %d: %s", engine.name, self._evaluations, reason)
+
+    def _rechecked(self, loss: Loss, at: Pair, reusable: bool) -> Linearised:
+        """By differences; the first product that is not zero is also taken with other steps."""
+        random = RandomState(t.device for t in (*at.upper, *at.lower))
+        differences = self.current
+        assert isinstance(differences, FiniteDifference)
+        made = differences.linearise(loss, at, reusable=reusable)
+        is_open = True
+
+        def product(direction: Tensors) -> OptionalPair:
+            nonlocal is_open
+            result = made.product(direction)
+            if is_open and float(norm(direction)) > 0:
+                is_open = False
+                self._judge(evidence.steadied(differences, loss, at, direction, random))
+            return result
+
+        return made._replace(product=product)
+
+    def _judge(self, spread: float) -> None:
+        if spread > _STEADY and not self._unsteady:
+            self._unsteady = True
+            _warn(
+                "finite differences are in use because they must be, and products with "
+                f"neighbouring steps differ by {spread:.1g} of their size: kinks (ReLU, max) or "
+                "rounding make the hypergradient unreliable. "
+            )
+
+
+def _warn(message: str) -> None:
+    remedy = (
+        'To have curvature="double_backward", use operations that torch can differentiate twice '
+        "(sdpa_kernel(SDPBackend.MATH) for attention, the module without torch.compile); "
+        'curvature="finite_difference" says that differences are wanted'
+    )
+    warnings.warn(f"{message.rstrip('. ')}. {remedy}", BilevelWarning, stacklevel=7)
 
 
 def _without_custom_functions(loss: Loss) -> Loss:

@@ -16,13 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from ..randomness import RandomState
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, sum_of_present
-from .finite_difference import FiniteDifference
+from .finite_difference import FiniteDifference, default_step
 from .protocol import Loss
 
 _CHEAPER = 2.0
 _CLOSE = 1e-2
-# Rounding sets the best step of MLPs, truncation that of deeper networks (attention, LSTM, CNN).
-_STEPS = (3e-5, 1e-4, 3e-4)
+_WRONG = 5e-2
+# Of the default relative step. Rounding sets the best step of MLPs, truncation that of deeper
+# networks (attention, LSTM, CNN).
+_TIMES = (0.3, 1.0, 3.0)
 
 
 class Traffic(TorchDispatchMode):
@@ -44,12 +46,15 @@ class Traffic(TorchDispatchMode):
 
 
 class Evidence(NamedTuple):
-    """Double backward against a finite difference, at one point and along one direction."""
+    """Double backward against finite differences, at one point and along one direction."""
 
     traffic: float
-    """Bytes moved by double backward over those of the difference, r included in both."""
+    """Bytes moved by double backward over those of a difference, r included in both."""
     disagreement: float
-    """The larger of the two ||difference - exact||_2 / ||exact||_2, for J q and H q."""
+    """The larger of the two ||difference - exact||_2 / ||exact||_2, for J q and H q, at the best
+    of three relative steps."""
+    spread: float
+    """The same of two differences with neighbouring steps, the closest pair."""
 
     @property
     def favours_differences(self) -> bool:
@@ -62,6 +67,15 @@ class Evidence(NamedTuple):
         """
         return self.traffic > _CHEAPER and self.disagreement < _CLOSE
 
+    @property
+    def refutes_double_backward(self) -> bool:
+        """Differences agree among themselves ten times better than with double backward.
+
+        Neither error of a difference can do that: truncation grows and rounding falls with the
+        step, so each separates neighbouring steps by more than the better of them is off.
+        """
+        return self.disagreement > _WRONG and self.spread < 0.1 * self.disagreement
+
     def __str__(self) -> str:
         return (
             f"double backward moves {self.traffic:.1f} times the bytes of a finite difference, "
@@ -70,13 +84,13 @@ class Evidence(NamedTuple):
 
 
 def is_comparable(at: Pair) -> bool:
-    """Is the lower level in plain float32, on one worker?
+    """Is the lower level in plain float32 or float64, on one worker?
 
-    With 64 bits accuracy is the point, with 16 a difference is noise, and workers
-    would have to agree on the choice.
+    With 16 bits a difference is noise, and workers would have to agree on the choice.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    plain = all(v.dtype == torch.float32 and v.layout == torch.strided for v in at.lower)
+    wide = (torch.float32, torch.float64)
+    plain = all(v.dtype in wide and v.layout == torch.strided for v in at.lower)
     devices = {v.device.type for v in at.lower}
     return plain and not distributed and not any(map(torch.is_autocast_enabled, devices))
 
@@ -104,25 +118,70 @@ def weigh(
     Raises:
         NondeterministicClosureError: the closure returns something else when called again.
     """
-    errors: dict[float, float] = {}
     traffic = Traffic()
     with contextlib.ExitStack() as stack:
         # v is put back bit by bit, so graphs that hold it stay right: autograd need not know. (A
         # dispatch mode hides it in torch 2.13, which is no promise.)
         for parameter in at.lower:
             stack.enter_context(_unsafe_preserve_version_counter(parameter))
-        for differences.relative_step in _STEPS:
-            with random.replayed():
-                linearised = differences.linearise(loss, at)
-                with traffic:
-                    other = linearised.product(direction)
-            errors[differences.relative_step] = max(
-                _error(other.upper, exact.upper), _error(other.lower, exact.lower)
-            )
-    differences.relative_step = min(errors, key=lambda step: errors[step])
+        found = _products(differences, loss, at, direction, random, traffic)
+    errors = {step: _error_of(product, exact) for step, product in found.items()}
+    closest, spread = _closest(found)
     # The gradient at the shifted point costs what r does.
-    by_differences = 2 * traffic.bytes / len(_STEPS)
-    return Evidence(moved / max(by_differences, 1), errors[differences.relative_step])
+    by_differences = 2 * traffic.bytes / len(found)
+    evidence = Evidence(moved / max(by_differences, 1), min(errors.values()), spread)
+    best = min(errors, key=lambda step: errors[step])
+    differences.relative_step = closest if evidence.refutes_double_backward else best
+    return evidence
+
+
+def steadied(
+    differences: FiniteDifference, loss: Loss, at: Pair, direction: Tensors, random: RandomState
+) -> float:
+    """How far products with neighbouring relative steps are apart, the closest pair.
+
+    For differences that nothing exact can be compared with; ``differences`` is left with the
+    smaller step of that pair. Kinks keep all of them apart.
+
+    Args:
+        differences, loss, at, direction, random: as in ``weigh``.
+    """
+    step, spread = _closest(_products(differences, loss, at, direction, random))
+    differences.relative_step = step
+    return spread
+
+
+def _products(
+    differences: FiniteDifference,
+    loss: Loss,
+    at: Pair,
+    direction: Tensors,
+    random: RandomState,
+    traffic: Traffic | None = None,
+) -> dict[float, OptionalPair]:
+    """(J q, H q) for each relative step, in increasing order."""
+    found: dict[float, OptionalPair] = {}
+    default = default_step(at.lower)
+    for differences.relative_step in (times * default for times in _TIMES):
+        with random.replayed():
+            linearised = differences.linearise(loss, at)
+            with traffic or contextlib.nullcontext():
+                found[differences.relative_step] = linearised.product(direction)
+    return found
+
+
+def _closest(found: dict[float, OptionalPair]) -> tuple[float, float]:
+    """Of neighbouring steps, the smaller of the pair that differs least, and by how much."""
+    steps = list(found)
+    gaps = {
+        small: _error_of(found[small], found[large])
+        for small, large in zip(steps, steps[1:], strict=False)
+    }
+    return min(gaps.items(), key=lambda item: item[1])
+
+
+def _error_of(found: OptionalPair, exact: OptionalPair) -> float:
+    return max(_error(found.upper, exact.upper), _error(found.lower, exact.lower))
 
 
 def _error(found: OptionalTensors, exact: OptionalTensors) -> float:

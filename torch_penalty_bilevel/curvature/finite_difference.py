@@ -104,17 +104,29 @@ class FiniteDifference:
         return Linearised(value, residual, product)
 
     def _step_for(self, lower: Tensors) -> tuple[float, bool]:
-        # The coarsest parameter sets the step: a finer one would be rounded away there.
-        dtype = max((v.dtype for v in lower), key=lambda d: torch.finfo(d).eps)
-        central = self.central if self.central is not None else dtype != torch.float32
+        central = _is_central(lower) if self.central is None else self.central
         self.product_cost = 2 if central else 1
-        return self.relative_step or _RELATIVE_STEP[dtype][central], central
+        return self.relative_step or default_step(lower, central), central
 
     def _check_repeats(self, loss: Loss, at: Pair, value: Tensor, random: RandomState) -> None:
         with random.replayed():
             again = loss(at.upper, at.lower).detach()
         check_repeats(value, again, _NEEDS_REPETITION)
         self._closure_repeats = True
+
+
+def default_step(lower: Tensors, central: bool | None = None) -> float:
+    """||delta q|| / ||v|| by dtype; ``central`` None: as the dtype has it."""
+    return _RELATIVE_STEP[_coarsest(lower)][_is_central(lower) if central is None else central]
+
+
+def _is_central(lower: Tensors) -> bool:
+    return _coarsest(lower) != torch.float32
+
+
+def _coarsest(lower: Tensors) -> torch.dtype:
+    # The coarsest parameter sets the step: a finer one would be rounded away there.
+    return max((v.dtype for v in lower), key=lambda d: torch.finfo(d).eps)
 
 
 def _gradient_at(

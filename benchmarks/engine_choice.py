@@ -1,0 +1,161 @@
+"""Does curvature="auto" ever lose a run that double backward wins? Kinds of network x seeds.
+
+    python benchmarks/engine_choice.py                       # twelve kinds, 20 seeds
+    python benchmarks/engine_choice.py --kinds LSTM --seeds 3 --epochs 5 --differences
+
+Cleaning scikit-learn's digits: 1,000 samples, half of them with a wrong label, 50 clean ones, one
+weight per sample, batches of 100, Adam 1e-2 below and 1e-1 above. The score is the share of labels
+told right; 0.5 is guessing. A seed is lost if auto scores lower than double backward by more than
+twice the standard deviation of double backward over the seeds. Attention is differentiated twice in
+its plain form (sdpa_kernel(MATH)), which "auto" and differences do not get. Where auto never left
+double backward the two took the same steps bit by bit (tests/test_curvature_looks.py), and the run is not
+repeated. ``--differences`` adds a column of finite differences throughout.
+
+Each run is a line of results/engine_choice.jsonl, so that an interrupted table goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _kinds import KINDS, twice_differentiable
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from torch_penalty_bilevel import BilevelWarning, NonFiniteError, PenaltyBilevelOptimizer
+from torch_penalty_bilevel.curvature import Automatic
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from _table import markdown
+
+ENGINES = ("auto", "double_backward", "finite_difference")
+CLEAN, TRAIN, BATCH = 50, 1000, 100
+
+
+def told_right(kind: str, engine: str, seed: int, epochs: int) -> tuple[float, float]:
+    """The score, and the share of steps in which differences were in use."""
+    x, y, given, wrong = _noisy(seed)
+    torch.manual_seed(seed)
+    model = KINDS[kind]()
+    u = torch.zeros(TRAIN, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer(
+        [u], model.parameters(), upper_lr=0.1, lower_lr=1e-2, curvature=engine
+    )
+    clean = slice(TRAIN, TRAIN + CLEAN)
+    differences = steps = 0
+    for _ in range(epochs):
+        for i in torch.randperm(TRAIN).split(BATCH):
+
+            def g(i: Tensor = i) -> Tensor:
+                losses = cross_entropy(model(x[i]), given[i], reduction="none")
+                return (u[i].sigmoid() * losses).mean()
+
+            optimizer.step(lambda: cross_entropy(model(x[clean]), y[clean]), g)
+            used = optimizer.curvature
+            differences += used.switched if isinstance(used, Automatic) else 0
+            steps += 1
+    return float(((u > 0) != wrong).float().mean()), differences / steps
+
+
+def _noisy(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, true labels, given labels, which of those are wrong."""
+    x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    draw = torch.Generator().manual_seed(1000 + seed)
+    order = torch.randperm(len(y), generator=draw)
+    x, y = (x.float() / 16).reshape(-1, 1, 8, 8)[order], y[order]
+    wrong = torch.rand(TRAIN, generator=draw) < 0.5
+    other = (y[:TRAIN] + torch.randint(1, 10, (TRAIN,), generator=draw)) % 10
+    return x, y, torch.where(wrong, other, y[:TRAIN]), wrong
+
+
+def run(kind: str, engine: str, seed: int, epochs: int) -> dict[str, Any]:
+    """One line of the record."""
+    line: dict[str, Any] = {"kind": kind, "engine": engine, "seed": seed, "epochs": epochs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BilevelWarning)
+        try:
+            if engine == "double_backward":
+                with twice_differentiable(kind):
+                    score, share = told_right(kind, engine, seed, epochs)
+            else:
+                score, share = told_right(kind, engine, seed, epochs)
+        except NonFiniteError:
+            score, share = 0.0, 0.0
+    return line | {"score": score, "differences": share}
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line["kind"], line["engine"], line["seed"], line["epochs"]
+
+
+def table(lines: list[dict[str, Any]], kinds: list[str], engines: Sequence[str]) -> str:
+    """Per kind: mean and standard deviation of each engine, and auto's lost seeds."""
+    rows: dict[str, list[str]] = {}
+    for kind in kinds:
+        by_engine = {
+            e: {r["seed"]: r for r in lines if r["kind"] == kind and r["engine"] == e}
+            for e in engines
+        }
+        scores = {e: [r["score"] for r in rs.values()] for e, rs in by_engine.items()}
+        spread = statistics.pstdev(scores["double_backward"])
+        exact, auto = by_engine["double_backward"], by_engine["auto"]
+        behind = [exact[s]["score"] - auto[s]["score"] for s in auto]
+        lost = sum(gap > 2 * spread for gap in behind)
+        share = statistics.mean(r["differences"] for r in auto.values())
+        rows[kind] = [
+            *(f"{statistics.mean(v):.3f} ± {statistics.pstdev(v):.3f}" for v in scores.values()),
+            f"{max(behind):+.3f}",
+            f"{lost} of {len(auto)}",
+            f"{share:.0%}",
+        ]
+    header = ["", *engines, "auto's worst gap", "lost seeds", "auto's steps by differences"]
+    return markdown(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--differences", action="store_true", help="a column of them throughout")
+    parser.add_argument("--record", type=Path, default=Path("results/engine_choice.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    options.record.touch()
+    lines = [json.loads(line) for line in options.record.read_text().splitlines()]
+    done = {_key(line) for line in lines}
+    engines = ENGINES if options.differences else ENGINES[:2]
+    wanted = [
+        (kind, engine, seed, options.epochs)
+        for seed in range(options.seeds)
+        for kind in options.kinds
+        for engine in engines
+    ]
+    with options.record.open("a") as record:
+        for job in tqdm([job for job in wanted if job not in done], unit="run"):
+            auto = lines[-1] if job[1] == "double_backward" and lines else {}
+            same = auto.get("differences") == 0.0 and _key(auto) == (job[0], "auto", *job[2:])
+            lines.append(auto | {"engine": job[1]} if same else run(*job))
+            record.write(json.dumps(lines[-1]) + "\n")
+            record.flush()
+    asked = set(wanted)
+    print(table([line for line in lines if _key(line) in asked], options.kinds, engines))
+    print(f"\n{options.seeds} seeds, torch {torch.__version__}, {platform.machine()}, one thread")
+
+
+if __name__ == "__main__":
+    main()
