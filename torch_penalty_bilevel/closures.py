@@ -68,7 +68,7 @@ def live(
             del upper, lower  # the closure reads the very tensors
             # Inside an autocast block of the caller, copies of parameters that have moved.
             torch.clear_autocast_cache()
-            with guard.evaluation(level), torch.enable_grad():
+            with guard.evaluation(level, closure), torch.enable_grad():
                 return check(closure(), level, differentiable=True)
 
         return loss
@@ -92,7 +92,7 @@ def pure(
 
     def adapted(function: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
         def loss(upper: Tensors, lower: Tensors) -> Any:
-            with guard.evaluation(level):  # of modules behind torch.func.functional_call
+            with guard.evaluation(level, function):  # of modules behind torch.func.functional_call
                 value = function(structured_upper(upper), structured_lower(lower))
             return check(value, level, differentiable=False)
 

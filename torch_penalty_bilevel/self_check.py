@@ -84,7 +84,7 @@ def check(subject: Subject, options: Options) -> HypergradientReport:
 
 def _compare(subject: Subject, options: Options, repeats: Repeats) -> HypergradientReport:
     at, losses = subject.at, subject.losses
-    depends = dependence(losses, at, False, DoubleBackward())
+    depends = dependence(losses, at, False, _reference(subject.curvature))
     evaluation, norms = _estimate(subject)
     estimate = tuple(dense(g) for g in filled(evaluation.upper_grad, at.upper))
     problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.reduce)
