@@ -211,3 +211,74 @@ def test_found_at_any_depth(wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert_close(module.running_mean, torch.zeros_like(MOVED))
     guard.commit()
     assert_close(module.running_mean, MOVED)
+
+
+def test_what_the_lower_loss_reaches_but_does_not_run_is_moved_by_the_upper() -> None:
+    """Both closures hold one object with both networks, as methods of a trainer do."""
+    first, second = norm(), norm()
+    guard = BufferGuard(Scope())
+    with guard.evaluation("upper", lambda: (first, second)):
+        first(10 * X)
+        second(10 * X)
+    with guard.evaluation("lower", lambda: (first, second)):
+        second(X)
+    guard.commit()
+    assert_close(first.running_mean, 10 * MOVED)
+    assert_close(second.running_mean, MOVED)
+    assert int(first.num_batches_tracked) == int(second.num_batches_tracked) == 1
+
+
+def test_kernels_that_do_not_tell_autograd_move_buffers_too() -> None:
+    """Statistics without a counter: no version says that the lower loss has moved them."""
+    module = nn.Module()
+    module.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+    module.register_buffer("variance", torch.ones(2, dtype=torch.float64))
+    guard = BufferGuard(Scope())
+    for level, factor in (("upper", 10), ("lower", 1)):
+        with guard.evaluation(level, lambda: module):  # type: ignore[arg-type]
+            nn.functional.batch_norm(factor * X, module.mean, module.variance, training=True)
+            assert module.mean._version == 0
+    guard.commit()
+    assert_close(module.mean, MOVED)
+
+
+class Bank(nn.Module):
+    """Remembers all rows; ``embed`` is not forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0, 2, dtype=torch.float64))
+
+    def embed(self, x: Tensor) -> Tensor:
+        self.rows = torch.cat([self.rows, x])
+        return x
+
+
+def test_a_buffer_may_grow() -> None:
+    module = Bank()
+    guard = BufferGuard(Scope())
+    for rows in (2, 4):
+        for _ in range(3):
+            with guard.evaluation("lower", lambda: module):
+                module.embed(X)
+        guard.commit()
+        assert_close(module.rows, X.repeat(rows // 2, 1))
+
+
+def test_layers_that_come_and_change_mode_between_evaluations() -> None:
+    module = nn.Sequential(norm())
+    guard = BufferGuard(Scope())
+
+    def closure() -> nn.Module:
+        return module
+
+    with guard.evaluation("lower", closure):
+        module(X)
+    module.append(norm())
+    module[0].eval()
+    with guard.evaluation("upper", closure):
+        module(X)
+    assert_close(module[1].running_mean, torch.zeros_like(MOVED))
+    guard.commit()
+    assert_close(module[0].running_mean, MOVED)
+    assert int(module[1].num_batches_tracked) == 1

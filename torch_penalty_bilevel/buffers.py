@@ -37,9 +37,13 @@ class BufferGuard:
         self._originals: dict[nn.Module, Buffers] = {}
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
+    def expect(self, *functions: Callable[..., Any]) -> None:
+        """Say which functions will be evaluated."""
+        self._scope.is_new = not self._scope.knows(*functions)
+
     @contextlib.contextmanager
     def evaluation(self, level: Level, function: Callable[..., Any]) -> Generator[None]:
-        """Run one evaluation of a level's loss, a call of ``function``, on clones of the buffers."""
+        """One evaluation of a level's loss, a call of ``function``, on clones of the buffers."""
         clones: dict[nn.Module, Buffers] = {}
         visited: set[nn.Module] = set()
 
@@ -122,12 +126,13 @@ class _Moved(NamedTuple):
 
     buffers: Buffers
     surely: bool
-    """Was one replaced or written into? If not, kernels that do not tell autograd still may have."""
+    """Was one replaced or written into? If not, kernels that do not tell autograd may have."""
 
     @classmethod
     def of(cls, module: nn.Module, clones: Buffers) -> _Moved:
-        held = module._buffers
-        # A module may have replaced its buffer instead of writing into it.
-        now = {n: clone if held.get(n) is None else held[n] for n, clone in clones.items()}
+        now = dict(clones)
+        for name in clones:  # a module may have replaced its buffer instead of writing into it
+            if (held := module._buffers.get(name)) is not None:
+                now[name] = held
         surely = any(now[n] is not clone or clone._version > 0 for n, clone in clones.items())
         return cls(now, surely)

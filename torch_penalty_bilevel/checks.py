@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import graph
 from .curvature import Automatic, Curvature, FiniteDifference, Loss, takes_differences
@@ -33,6 +32,10 @@ def check_count(name: str, value: Any, at_least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+
+
+# To see whether anything changes at all: g even in v would fool a central difference at v = 0.
+_ONE_SIDED = FiniteDifference(central=False)
 
 
 class Dependence(NamedTuple):
@@ -69,13 +72,10 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     try:
         residual, custom = _residual(losses.lower, at)
     except DoubleBackwardError:
-        if differences:
-            return Dependence(in_upper_loss, responds)
-        if not isinstance(engine, Automatic):
+        if not (differences or isinstance(engine, Automatic)):
             raise
         with random.replayed():
-            found = _responds(losses.lower, at, FiniteDifference())
-        return Dependence(in_upper_loss, found.upper)
+            return Dependence(in_upper_loss, _responds(losses.lower, at, _ONE_SIDED).upper)
     reached = graph.reached([r for r in residual if r is not None], at.upper)
     if not differences:
         with random.replayed():
@@ -101,7 +101,7 @@ def _beyond(
     if all(reached) and not any(cut):
         return list(reached)
     try:
-        found = _responds(lower, at, FiniteDifference(), cut if all(reached) else None)
+        found = _responds(lower, at, _ONE_SIDED, cut if all(reached) else None)
     except NondeterministicClosureError:
         return list(reached)  # other data in every call: nothing to compare
     hidden = [there and not seen for there, seen in zip(found.upper, reached, strict=True)]
@@ -190,7 +190,24 @@ def _residual(lower: Loss, at: Pair) -> tuple[OptionalTensors, str | None]:
     return residual, graph.custom_function(loss)
 
 
-def check_kept_state(losses: Losses, at: Pair, scope: Scope, called: bool) -> None:
+def first_look(
+    scope: Scope,
+    checked: bool,
+    losses: Losses,
+    at: Pair,
+    names: Sequence[str],
+    lower_is_map: bool,
+    allow_unused: bool,
+    engine: Curvature,
+) -> None:
+    """What the closures use: modules, state of their own and, unless ``checked``, parameters."""
+    with scope.searching():
+        if not checked:
+            check_dependence(losses, at, names, allow_unused, lower_is_map, engine)
+        _check_kept_state(losses, at, scope, called=not checked)
+
+
+def _check_kept_state(losses: Losses, at: Pair, scope: Scope, called: bool) -> None:
     """Warn of tensors outside modules that a closure moves: they move with every evaluation.
 
     Those written into are named at once. One that a name was given anew may be a log or a

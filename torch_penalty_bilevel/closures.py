@@ -47,6 +47,7 @@ def losses_of(
 ) -> Losses:
     """Pure functions where the engine needs them, else live closures."""
     check_callables(upper_closure, lower_closure)
+    guard.expect(upper_closure, lower_closure)
     if isinstance(curvature, VectorJacobian):
         rules = upper_rule, lower_rule
         return pure(upper_closure, lower_closure, *rules, guard, lower_is_map, inequalities)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import closures, levels
 from . import curvature as engines
-from .checks import check_dependence, check_kept_state, raise_unused
+from .checks import first_look, raise_unused
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .errors import NonFiniteError
@@ -34,7 +34,6 @@ from .linear_solve import MakeOptimizer
 from .metrics import Metrics
 from .penalties import Losses, Reduce, one_worker
 from .restrictions import Constraint, upper_projection
-from .scope import Scope
 from .tensors import Tensors, clones, placed, zeros_for
 from .transaction import all_or_nothing
 
@@ -115,7 +114,6 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         "_first_lower",
         "_counts",
         "_dependence_checked",
-        "_scope",
     )
 
     def __init__(
@@ -166,8 +164,6 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._first_lower: Tensors = ()
         self._counts = {"steps": 0, "gradient_evaluations": 0}
         self._dependence_checked = False
-        self._scope = Scope()
-        self._searched = False
         if self.lower_is_map:
             check_serves_maps(self.curvature)
 
@@ -178,9 +174,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
         Closures are as for ``PenaltyBilevelOptimizer.step``; one that draws a batch draws a fresh
         one for every lower step and one for the adjoint equation (``"stochastic"``: for each of
-        its products). BatchNorm statistics move once per call. The first call, and the first with
-        other closures (other lines of code), evaluates both losses once more, to see what they
-        use and depend on.
+        its products). BatchNorm statistics move once per call. The first call (of new lines of
+        code) evaluates both losses once more, uncompiled, to see what they use.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors; does not call backward.
@@ -202,7 +197,6 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             with all_or_nothing([self.lower], self._devices(), self._scope) as guard:
                 both, rules = (upper_closure, lower_closure), (self.upper, self.lower)
                 is_map = self.lower_is_map
-                self._searched = self._scope.knows(*both)
                 return self._step(closures.losses_of(self.curvature, *both, *rules, guard, is_map))
         except BaseException:
             self._adjoint, self._first_lower, self.metrics, self._counts = before
@@ -216,13 +210,10 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
-        if not (self._dependence_checked and self._searched):
-            unused, engine = self.allow_unused, self.curvature
-            with self._scope.searching():
-                if not self._dependence_checked:
-                    check_dependence(losses, point, names, unused, self.lower_is_map, engine)
-                check_kept_state(losses, point, self._scope, called=not self._dependence_checked)
-            self._dependence_checked = self._searched = True
+        if not self._dependence_checked or self._scope.is_new:
+            checked, options = self._dependence_checked, (self.allow_unused, self.curvature)
+            first_look(self._scope, checked, losses, point, names, self.lower_is_map, *options)
+            self._dependence_checked = True
         place = f"in step {number + 1}; nothing was changed"
         is_map, engine = self.lower_is_map, self.curvature
         problem = Problem(

@@ -13,7 +13,7 @@ from . import closures, levels, penalties, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
-from .checks import check_count, check_dependence, check_kept_state, raise_unused, zeros_in_a_row
+from .checks import check_count, first_look, raise_unused, zeros_in_a_row
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
@@ -22,7 +22,6 @@ from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
-from .scope import Scope
 from .tensors import Pair, Tensors, clones, placed, zeros_for
 from .transaction import all_or_nothing, rehearsal
 
@@ -108,7 +107,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "_adjoint",
         "_counts",
         "_dependence_checked",
-        "_scope",
         "_zeros_in_a_row",
     )
 
@@ -146,8 +144,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
         self._dependence_checked = False
-        self._scope = Scope()
-        self._searched = False
         self._zeros_in_a_row = 0
 
     def step(  # type: ignore[override]
@@ -158,9 +154,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         The last lower evaluation also serves the upper update where the rule allows it:
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
         step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
-        the one that serves u is differentiated with respect to u. BatchNorm statistics move once
-        per call. The first call, and the first with other closures (other lines of code), evaluates
-        both losses once more, to see what they use and depend on; uncompiled, if they are compiled.
+        the one that serves u is differentiated with respect to u. Buffers move once per call. The
+        first (of new lines of code) evaluates both once more, uncompiled, to see what they use.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
@@ -244,8 +239,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         """
         self._sets.check_comparable()
         options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
-        rules, scope = [self.upper, self.lower], self._scope
-        with scope.searching(), rehearsal(rules, self._devices(), scope) as guard:
+        with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
             at, names = self._point(), self._moving_upper_names()
             dual, step = self._dual.only(self._moving_lower()), self._counts["steps"] + 1
@@ -319,7 +313,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         try:
             with all_or_nothing(rules, self._devices(), self._scope) as guard:
                 losses = self._losses(upper_closure, lower_closure, guard)
-                self._searched = self._scope.knows(upper_closure, lower_closure)
                 yield lambda for_upper: self._evaluate(losses, for_upper)
         except BaseException:
             self._dual, self._adjoint, self._seen, self._counts, self._sets.multipliers = before
@@ -332,13 +325,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self._sets.start(losses, at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
-        if not (self._dependence_checked and self._searched):
-            engine, is_map = self.curvature, self.penalty.lower_is_map
-            with self._scope.searching():
-                if not self._dependence_checked:
-                    check_dependence(losses, at, names, self.allow_unused, is_map, engine)
-                check_kept_state(losses, at, self._scope, called=not self._dependence_checked)
-            self._dependence_checked = self._searched = True
+        if not self._dependence_checked or self._scope.is_new:
+            checked, options = self._dependence_checked, (self.allow_unused, self.curvature)
+            first_look(self._scope, checked, losses, at, names, self.penalty.lower_is_map, *options)
+            self._dependence_checked = True
         if not for_upper and engines.reads_live(self.curvature):
             at, names = Pair((), at.lower), []
         at = engines.engine_point(self.curvature, at)

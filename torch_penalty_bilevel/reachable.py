@@ -2,13 +2,15 @@
 
 Followed are closure cells, globals and attributes that the code names, default arguments,
 ``functools.partial``, bound methods, what ``torch.compile`` and ``functools.wraps`` wrapped, and
-short containers of those. Not what is only found at run time (``getattr`` with a computed name,
-a registry): see ``scope``.
+short containers of those; not into libraries. What is only found at run time (``getattr`` with a
+computed name, a registry) stays unknown: see ``scope``.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 
 # Larger containers hold data, not modules.
 _LONGEST = 100
-# Libraries in whose functions and objects no module of the user's is kept.
-_FOREIGN = ("torch.", "numpy.", "builtins.", "torch_penalty_bilevel.")
+# More is a search that got lost.
+_MOST = 1_000
+_CLOSED = {"builtins", "torch", "numpy", "torch_penalty_bilevel"}  # objects that hold no modules
+_LIBRARIES = sys.stdlib_module_names | _CLOSED
+_INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
 _UNFOLLOWED = (str, bytes, int, float, complex, type(None), Tensor, types.BuiltinFunctionType)
 
 
@@ -33,7 +38,7 @@ class Reached(NamedTuple):
 
 def reached_by(function: Callable[..., Any]) -> Reached:
     """The modules and tensors that ``function`` can reach by name."""
-    search = _Search()
+    search = _Search(_package(function))
     search.follow(function, getattr(function, "__name__", type(function).__name__))
     search.run()
     return Reached(list(search.modules.values()), search.tensors)
@@ -51,12 +56,13 @@ def code_of(function: Callable[..., Any]) -> types.CodeType | None:
         elif isinstance(value, functools.partial):
             value = value.func
         else:
-            value = getattr(value, "__func__", None) or getattr(type(value), "__call__", None)
+            value = getattr(value, "__func__", None) or _inherited(type(value), "__call__")
     return None
 
 
 class _Search:
-    def __init__(self) -> None:
+    def __init__(self, home: str) -> None:
+        self._home = home  # the closure's own package, which may itself be an installed one
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
         self._names: set[str] = set()
@@ -68,7 +74,11 @@ class _Search:
         """Look at ``value``, called ``name``, when its turn comes."""
         if isinstance(value, Tensor):
             self.tensors[name] = value
-        elif not isinstance(value, _UNFOLLOWED) and id(value) not in self._seen:
+        elif (
+            not isinstance(value, _UNFOLLOWED)
+            and id(value) not in self._seen
+            and len(self._seen) < _MOST
+        ):
             self._seen[id(value)] = value
             self._pending.append((value, name))
 
@@ -106,7 +116,10 @@ class _Search:
         elif isinstance(value, dict):
             if len(value) <= _LONGEST:
                 self._entries(value.items(), name)
-        elif not _is_foreign(value):
+        elif isinstance(value, types.ModuleType):
+            if not self._is_foreign(value):
+                self._hold(value, name)
+        elif _package(value) not in _CLOSED:
             self._hold(value, name)
             self._methods(value, name)
 
@@ -120,13 +133,12 @@ class _Search:
 
     def _methods(self, value: Any, name: str) -> None:
         for kind in type(value).__mro__:
-            if not _is_foreign(kind):
+            if not self._is_foreign(kind):
                 self._hold(kind, name)
                 slots = [s for s in getattr(kind, "__slots__", ()) if hasattr(value, s)]
                 if slots:
                     self._holders.append((name, {s: getattr(value, s) for s in slots}))
-        call = getattr(type(value), "__call__", None)
-        if not isinstance(value, nn.Module) and isinstance(call, types.FunctionType):
+        if isinstance(call := _inherited(type(value), "__call__"), types.FunctionType):
             self.follow(call, name)
 
     def _function(self, function: Any) -> None:
@@ -134,7 +146,7 @@ class _Search:
         if inner is not None:  # the wrapper's own cells hold the compiler
             self.follow(inner, function.__name__)
             return
-        if _is_foreign(function):
+        if self._is_foreign(function):
             return
         self.follow(getattr(function, "__wrapped__", None), function.__name__)
         code: types.CodeType = function.__code__
@@ -151,6 +163,10 @@ class _Search:
         self._entries(enumerate(function.__defaults__ or ()), function.__name__)
         self._entries((function.__kwdefaults__ or {}).items(), function.__name__)
 
+    def _is_foreign(self, value: Any) -> bool:
+        package = _package(value)
+        return package != self._home and _is_library(package)
+
 
 @functools.lru_cache(maxsize=1024)
 def _names_in(code: types.CodeType) -> frozenset[str]:
@@ -162,11 +178,26 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
-def _is_foreign(value: Any) -> bool:
+def _inherited(kind: type, name: str) -> Any:
+    """The attribute of a class as it is written there."""
+    return next((vars(k)[name] for k in kind.__mro__ if name in vars(k)), None)
+
+
+def _package(value: Any) -> str:
+    """The top-level package that defines a function, class or object, or holds a Python module."""
     if isinstance(value, types.ModuleType):
         home = value.__name__
     elif isinstance(value, (type, types.FunctionType)):
-        home = value.__module__ or ""
+        home = value.__module__
     else:
         home = type(value).__module__
-    return f"{home}.".startswith(_FOREIGN)
+    return (home or "").partition(".")[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_library(package: str) -> bool:
+    """Is it torch's, Python's or anyone's but the user's, who does not install what he works on?"""
+    module = sys.modules.get(package)
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+    installed = any(place.startswith(_INSTALLED) for place in places if place)
+    return package in _LIBRARIES or installed

@@ -32,6 +32,8 @@ class Scope:
     def __init__(self) -> None:
         self._found: WeakKeyDictionary[types.CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
         self.searches = False
+        self.is_new = True
+        """Do the closures of this step come from lines of code that no search has seen?"""
         self.written: dict[str, None] = {}
         """Names of tensors that closures wrote into during the search, in order."""
         self.rebound: dict[str, Tensor] = {}
@@ -59,6 +61,7 @@ class Scope:
         try:
             with _uncompiled():
                 yield
+            self.is_new = False
         except BaseException:
             for code in set(self._found) - before:  # its next evaluation searches again
                 del self._found[code]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, dependence
-from .curvature import Automatic, Curvature, DoubleBackward, FiniteDifference, Loss, engine_point
+from .curvature import Automatic, Curvature, FiniteDifference, Loss, engine_point
 from .diagnosis import Context, diagnosed
 from .dual import DualState
 from .errors import BilevelWarning

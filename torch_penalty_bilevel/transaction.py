@@ -46,6 +46,8 @@ def rehearsal(
 ) -> Generator[BufferGuard]:
     """Undo in any case what the block did to random generators, buffers, parameters, gradients.
 
+    Compiled code runs uncompiled inside, where it has second derivatives to compare with.
+
     Args:
         rules: optimizers whose parameters the block may move; it does not step them.
         devices: devices whose random generators the closures may use.
@@ -55,7 +57,8 @@ def rehearsal(
     parameters = [p for rule in rules for group in rule.param_groups for p in group["params"]]
     saved = [(p, p.detach().clone(), p.grad) for p in parameters]
     try:
-        yield BufferGuard(scope)  # never committed, so the buffers stay
+        with scope.searching():
+            yield BufferGuard(scope)  # never committed, so the buffers stay
     finally:
         with torch.no_grad():
             for parameter, value, grad in saved:

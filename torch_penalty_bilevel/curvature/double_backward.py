@@ -30,7 +30,9 @@ _NAMES = (
 )
 # Failures of the machine, not of the graph.
 _FAILURES: tuple[type[BaseException], ...] = tuple(
-    getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)
+    getattr(torch, name)
+    for name in ("OutOfMemoryError", "AcceleratorError")
+    if hasattr(torch, name)
 )
 
 
