@@ -265,6 +265,17 @@ def test_a_buffer_may_grow() -> None:
         assert_close(module.rows, X.repeat(rows // 2, 1))
 
 
+def test_a_buffer_that_the_upper_loss_alone_grows() -> None:
+    module = Bank()
+    guard = BufferGuard(Scope())
+    with guard.evaluation("lower", lambda: module):
+        pass
+    with guard.evaluation("upper", lambda: module):
+        module.embed(X)
+    guard.commit()
+    assert_close(module.rows, X)
+
+
 def test_layers_that_come_and_change_mode_between_evaluations() -> None:
     module = nn.Sequential(norm())
     guard = BufferGuard(Scope())

@@ -33,7 +33,7 @@ class BufferGuard:
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._roots: dict[int, Sequence[nn.Module]] = {}
+        self._roots: dict[int, tuple[object, Sequence[nn.Module]]] = {}
         self._originals: dict[nn.Module, Buffers] = {}
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
@@ -70,22 +70,22 @@ class BufferGuard:
                     self._first[level][module] = _Moved.of(module, own)
         finally:
             for module in clones:
-                module._buffers.update(self._originals[module])
+                _put(self._originals[module], module)
 
     def _modules(self, function: Callable[..., Any]) -> Sequence[nn.Module]:
         """Looked up once in a step, unless a search may still add to them."""
         if self._scope.searches:
             return self._scope.modules(function)
-        if id(function) not in self._roots:
-            self._roots[id(function)] = self._scope.modules(function)
-        return self._roots[id(function)]
+        if id(function) not in self._roots:  # whose id is its own as long as it is kept
+            self._roots[id(function)] = function, self._scope.modules(function)
+        return self._roots[id(function)][1]
 
     def _swap(self, module: nn.Module, clones: dict[nn.Module, Buffers]) -> None:
         if module not in self._originals:
             held = {name: b for name, b in module._buffers.items() if b is not None}
             self._originals[module] = held
         clones[module] = {name: b.clone() for name, b in self._originals[module].items()}
-        module._buffers.update(clones[module])
+        _put(clones[module], module)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -98,7 +98,7 @@ class BufferGuard:
                     targets.append(originals[name])
                     values.append(value)
                 else:  # a memory bank that has grown
-                    module._buffers[name] = value
+                    module._buffers[name] = value.detach()
         if targets:
             torch._foreach_copy_(targets, values)
         self._originals.clear()
@@ -115,10 +115,17 @@ class BufferGuard:
         device = next(iter(originals.values())).device
         changes = [(lower.buffers[n] != b).any().to(device) for n, b in originals.items()]
         moved = torch.stack(changes).any()
+        if any(upper.buffers[n].shape != b.shape for n, b in originals.items()):
+            return (lower if moved else upper).buffers
         return {
             n: torch.where(moved.to(b.device), b, upper.buffers[n])
             for n, b in lower.buffers.items()
         }
+
+
+def _put(buffers: Buffers, module: nn.Module) -> None:
+    for name, buffer in buffers.items():
+        module._buffers[name] = buffer
 
 
 class _Moved(NamedTuple):

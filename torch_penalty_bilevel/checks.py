@@ -34,10 +34,6 @@ def check_count(name: str, value: Any, at_least: int) -> None:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
 
 
-# To see whether anything changes at all: g even in v would fool a central difference at v = 0.
-_ONE_SIDED = FiniteDifference(central=False)
-
-
 class Dependence(NamedTuple):
     """For each upper parameter: is it in the graph of f, and in that of the residual r?"""
 
@@ -75,7 +71,7 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
         if not (differences or isinstance(engine, Automatic)):
             raise
         with random.replayed():
-            return Dependence(in_upper_loss, _responds(losses.lower, at, _ONE_SIDED).upper)
+            return Dependence(in_upper_loss, _responds(losses.lower, at, _one_sided()).upper)
     reached = graph.reached([r for r in residual if r is not None], at.upper)
     if not differences:
         with random.replayed():
@@ -101,7 +97,7 @@ def _beyond(
     if all(reached) and not any(cut):
         return list(reached)
     try:
-        found = _responds(lower, at, _ONE_SIDED, cut if all(reached) else None)
+        found = _responds(lower, at, _one_sided(), cut if all(reached) else None)
     except NondeterministicClosureError:
         return list(reached)  # other data in every call: nothing to compare
     hidden = [there and not seen for there, seen in zip(found.upper, reached, strict=True)]
@@ -112,6 +108,11 @@ def _beyond(
         if custom is None:  # else it finds out and says so by itself
             engine.switch(refusal.reason)
     return found.upper
+
+
+def _one_sided() -> FiniteDifference:
+    """To see whether anything changes: g even in v would fool a central difference at v = 0."""
+    return FiniteDifference(central=False)
 
 
 class _Responses(NamedTuple):
