@@ -73,9 +73,11 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
         with random.replayed():
             return Dependence(in_upper_loss, _responds(losses.lower, at, _one_sided()).upper)
     reached = graph.reached([r for r in residual if r is not None], at.upper)
-    if not differences:
-        with random.replayed():
+    with random.replayed():
+        if not differences:
             responds = _beyond(reached, residual, custom, losses.lower, at, engine)
+        elif not all(reached):
+            responds = _responds(losses.lower, at, _one_sided()).upper
     return Dependence(in_upper_loss, [a or b for a, b in zip(reached, responds, strict=True)])
 
 
