@@ -114,27 +114,29 @@ def same(left: list[Any], right: list[Any]) -> bool:
 def test_a_failing_step_changes_nothing(method: str, warm_start: bool, failure: str) -> None:
     """Fail at every single call of either closure in turn."""
     run = Run(method=method, lower_steps=2, momentum=0.0, warm_start=warm_start)
-    run.step(2)
+    run.step(1)
     good, failed = run.closures, 0
+
+    def guarded(closure: Any, calls: list[int], doomed: int) -> Any:
+        def call() -> Tensor:
+            calls[0] += 1
+            torch.rand(())
+            if calls[0] == doomed:
+                if failure == "raise":
+                    raise KeyError("doomed")
+                return closure() * float("nan")
+            return closure()
+
+        return call
+
+    # The first step with these lines of code looks at them once more, without using the value.
+    run.optimizer.step(*(guarded(closure, [0], 0) for closure in good))
     for doomed in range(1, 40):
         calls = [0]
-
-        def guarded(closure: Any, calls: list[int] = calls, doomed: int = doomed) -> Any:
-            def call() -> Tensor:
-                calls[0] += 1
-                torch.rand(())
-                if calls[0] == doomed:
-                    if failure == "raise":
-                        raise KeyError("doomed")
-                    return closure() * float("nan")
-                return closure()
-
-            return call
-
         before = snapshot(run)
         message = ""
         try:
-            run.optimizer.step(*map(guarded, good))
+            run.optimizer.step(*(guarded(closure, calls, doomed) for closure in good))
         except (KeyError, NonFiniteError) as error:
             message = str(error)
         if not message:

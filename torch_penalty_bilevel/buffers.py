@@ -2,8 +2,8 @@
 
 One optimizer step evaluates each loss several times. Every evaluation starts from the buffers
 as they were before the step, works on clones, and is undone afterwards; the clones of one
-evaluation - the first of the lower loss, or of the upper loss for modules that the lower loss
-does not use - become the buffers when the step has succeeded.
+evaluation - the first of the lower loss, or of the upper loss for modules whose buffers the lower
+loss does not move - become the buffers when the step has succeeded.
 
 Clones are swapped in, never written back with ``copy_`` while a graph is pending: batch
 normalisation changes its running statistics without telling autograd, and the backward pass
@@ -13,71 +13,133 @@ of an earlier evaluation would silently use the new values.
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Generator
-from typing import Literal
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-Key = tuple[nn.Module, str]
-_PRIORITY = {"upper": 0, "lower": 1}
+from .scope import Scope
+
+Buffers: TypeAlias = dict[str, Tensor]
+Level: TypeAlias = Literal["upper", "lower"]
 
 
 class BufferGuard:
-    """Finds the training-mode modules that closures run and holds their buffers.
+    """Holds the buffers of the training-mode modules that closures may use.
 
-    Modules are found by a global forward hook while a closure runs, so closures need not
-    say which modules they use. Evaluation-mode modules are left alone: they do not
-    change their buffers.
+    Evaluation-mode modules are left alone: they do not change their buffers.
     """
 
-    def __init__(self) -> None:
-        self._originals: dict[Key, Tensor] = {}
-        self._moved: dict[Key, tuple[int, Tensor]] = {}
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._roots: dict[int, tuple[object, Sequence[nn.Module]]] = {}
+        self._originals: dict[nn.Module, Buffers] = {}
+        self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
+
+    def expect(self, *functions: Callable[..., Any]) -> None:
+        """Say which functions will be evaluated."""
+        self._scope.is_new = not self._scope.knows(*functions)
 
     @contextlib.contextmanager
-    def evaluation(self, level: Literal["upper", "lower"]) -> Generator[None]:
-        """Run one evaluation of a level's loss on clones of the buffers."""
-        clones: dict[Key, Tensor] = {}
+    def evaluation(self, level: Level, function: Callable[..., Any]) -> Generator[None]:
+        """One evaluation of a level's loss, a call of ``function``, on clones of the buffers."""
+        clones: dict[nn.Module, Buffers] = {}
         visited: set[nn.Module] = set()
-        thread = threading.get_ident()
 
-        def swap_in_clones(module: nn.Module, _inputs: object) -> None:
-            if module in visited or threading.get_ident() != thread:
-                return
-            for part in module.modules():
-                if part in visited or not part.training:
+        def swap_in_clones(root: nn.Module) -> bool:
+            fresh = root not in visited
+            pending = [root] if fresh else []
+            while pending:  # as root.modules() does, in half the time
+                part = pending.pop()
+                if part in visited:
                     continue
                 visited.add(part)
-                for name, buffer in part._buffers.items():
-                    if buffer is not None:
-                        self._originals.setdefault((part, name), buffer)
-                        clones[part, name] = part._buffers[name] = buffer.clone()
+                pending.extend(m for m in part._modules.values() if m is not None)
+                if part._buffers and part.training:
+                    self._swap(part, clones)
+            return fresh
 
-        handle = register_module_forward_pre_hook(swap_in_clones)
         try:
-            yield
-            self._keep(clones, _PRIORITY[level])
+            for root in self._modules(function):
+                swap_in_clones(root)
+            with self._scope.watching(function, swap_in_clones):
+                yield
+            for module, own in clones.items():
+                if module not in self._first[level]:
+                    self._first[level][module] = _Moved.of(module, own)
         finally:
-            handle.remove()
-            for module, name in clones:
-                module._buffers[name] = self._originals[module, name]
+            for module in clones:
+                _put(self._originals[module], module)
 
-    def _keep(self, clones: dict[Key, Tensor], priority: int) -> None:
-        for key, clone in clones.items():
-            held = self._moved.get(key)
-            if held is None or held[0] < priority:
-                # A module may have replaced its buffer instead of writing into it.
-                module, name = key
-                current = module._buffers[name]
-                self._moved[key] = (priority, clone if current is None else current)
+    def _modules(self, function: Callable[..., Any]) -> Sequence[nn.Module]:
+        """Looked up once in a step, unless a search may still add to them."""
+        if self._scope.searches:
+            return self._scope.modules(function)
+        if id(function) not in self._roots:  # whose id is its own as long as it is kept
+            self._roots[id(function)] = function, self._scope.modules(function)
+        return self._roots[id(function)][1]
+
+    def _swap(self, module: nn.Module, clones: dict[nn.Module, Buffers]) -> None:
+        if module not in self._originals:
+            held = {name: b for name, b in module._buffers.items() if b is not None}
+            self._originals[module] = held
+        clones[module] = {name: b.clone() for name, b in self._originals[module].items()}
+        _put(clones[module], module)
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Let the buffers move: write the kept clones into the modules' own tensors."""
-        for key, (_, clone) in self._moved.items():
-            self._originals[key].copy_(clone)
+        """Let the buffers move: write what was kept into the modules' own tensors."""
+        targets: list[Tensor] = []
+        values: list[Tensor] = []
+        for module, originals in self._originals.items():
+            for name, value in self._final(module, originals).items():
+                if value.shape == originals[name].shape:
+                    targets.append(originals[name])
+                    values.append(value)
+                else:  # a memory bank that has grown
+                    module._buffers[name] = value.detach()
+        if targets:
+            torch._foreach_copy_(targets, values)
         self._originals.clear()
-        self._moved.clear()
+        for first in self._first.values():
+            first.clear()
+
+    def _final(self, module: nn.Module, originals: Buffers) -> Buffers:
+        lower, upper = (self._first[level].get(module) for level in ("lower", "upper"))
+        if lower is None or upper is None:
+            return (lower or upper or _Moved({}, False)).buffers
+        if lower.surely:
+            return lower.buffers
+        # Without asking the device, which would wait for it: did the lower loss move any of them?
+        device = next(iter(originals.values())).device
+        changes = [(lower.buffers[n] != b).any().to(device) for n, b in originals.items()]
+        moved = torch.stack(changes).any()
+        if any(upper.buffers[n].shape != b.shape for n, b in originals.items()):
+            return (lower if moved else upper).buffers
+        return {
+            n: torch.where(moved.to(b.device), b, upper.buffers[n])
+            for n, b in lower.buffers.items()
+        }
+
+
+def _put(buffers: Buffers, module: nn.Module) -> None:
+    for name, buffer in buffers.items():
+        module._buffers[name] = buffer
+
+
+class _Moved(NamedTuple):
+    """A module's buffers after an evaluation that may have used it."""
+
+    buffers: Buffers
+    surely: bool
+    """Was one replaced or written into? If not, kernels that do not tell autograd may have."""
+
+    @classmethod
+    def of(cls, module: nn.Module, clones: Buffers) -> _Moved:
+        now = dict(clones)
+        for name in clones:  # a module may have replaced its buffer instead of writing into it
+            if (held := module._buffers.get(name)) is not None:
+                now[name] = held
+        surely = any(now[n] is not clone or clone._version > 0 for n, clone in clones.items())
+        return cls(now, surely)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import graph
-from .curvature import Curvature, Loss, takes_differences
-from .curvature.double_backward import explained, refuse_reentrant_checkpoint
-from .errors import BilevelWarning, UnusedParameterError
+from .curvature import Automatic, Curvature, FiniteDifference, Loss, takes_differences
+from .curvature.double_backward import (
+    hidden_dependence,
+    refuse_reentrant_checkpoint,
+    residual_graph,
+)
+from .errors import (
+    BilevelWarning,
+    DoubleBackwardError,
+    NondeterministicClosureError,
+    UnusedParameterError,
+)
+from .linear_solve import random_direction
 from .penalties import Losses
 from .randomness import RandomState
-from .tensors import OptionalTensors, Pair, cast_like, norm
+from .scope import Scope
+from .tensors import OptionalTensors, Pair, Tensors, cast_like, norm
 
 
 def check_count(name: str, value: Any, at_least: int) -> None:
@@ -36,27 +46,103 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
 
     By their graphs. That of r holds twice the activations of a plain gradient; where the
     engine takes differences, and need not, it is made only if a difference finds no dependence.
+    Where torch refuses to make it, or it stops short of a parameter, a difference decides.
 
     Raises:
         ValueError: g does not depend on the lower parameters.
+        DoubleBackwardError: r has no graph, or one that hides a dependence, which the engine needs.
     """
     upper_loss = losses.upper(*at)
     refuse_reentrant_checkpoint(upper_loss)
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
-    if takes_differences(engine) and not lower_is_map:
-        responds = _responds(losses.lower, at, engine)
+    if lower_is_map:
+        return Dependence(in_upper_loss, graph.reached(list(losses.lower(*at)), at.upper))
+    differences = takes_differences(engine)
+    responds = [False] * len(at.upper)
+    if differences:
+        responds = _responds(losses.lower, at, engine).upper
         if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
             return Dependence(in_upper_loss, responds)
-    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
-    return Dependence(in_upper_loss, graph.reached(residual, at.upper))
+    random = RandomState(p.device for p in (*at.upper, *at.lower))
+    try:
+        residual, custom = _residual(losses.lower, at)
+    except DoubleBackwardError:
+        if not (differences or isinstance(engine, Automatic)):
+            raise
+        with random.replayed():
+            return Dependence(in_upper_loss, _responds(losses.lower, at, _one_sided()).upper)
+    reached = graph.reached([r for r in residual if r is not None], at.upper)
+    with random.replayed():
+        if not differences:
+            responds = _beyond(reached, residual, custom, losses.lower, at, engine)
+        elif not all(reached):
+            responds = _responds(losses.lower, at, _one_sided()).upper
+    return Dependence(in_upper_loss, [a or b for a, b in zip(reached, responds, strict=True)])
 
 
-def _responds(lower: Loss, at: Pair, engine: Curvature) -> list[bool]:
-    """Is J r anything but exactly zero? If so, r depends on the parameter."""
+def _beyond(
+    reached: Sequence[bool],
+    residual: OptionalTensors,
+    custom: str | None,
+    lower: Loss,
+    at: Pair,
+    engine: Curvature,
+) -> list[bool]:
+    """Which upper parameters r depends on although its graph does not say so.
+
+    A custom function whose backward pass is not differentiable leaves no trace but an entry of r
+    without a graph, as a constant one, or a parameter that r does not reach. Then a difference is
+    taken, and what it sees the engine must not miss.
+    """
+    cut = [r is not None and not r.requires_grad for r in residual]
+    if all(reached) and not any(cut):
+        return list(reached)
+    try:
+        found = _responds(lower, at, _one_sided(), cut if all(reached) else None)
+    except NondeterministicClosureError:
+        return list(reached)  # other data in every call: nothing to compare
+    hidden = [there and not seen for there, seen in zip(found.upper, reached, strict=True)]
+    if any(hidden) or (all(reached) and any((*found.upper, *found.lower))):
+        refusal = hidden_dependence(custom)
+        if not isinstance(engine, Automatic):
+            raise refusal
+        if custom is None:  # else it finds out and says so by itself
+            engine.switch(refusal.reason)
+    return found.upper
+
+
+def _one_sided() -> FiniteDifference:
+    """To see whether anything changes: g even in v would fool a central difference at v = 0."""
+    return FiniteDifference(central=False)
+
+
+class _Responses(NamedTuple):
+    """For each parameter: is its part of the product anything but exactly zero?"""
+
+    upper: list[bool]
+    lower: list[bool]
+
+
+def _responds(
+    lower: Loss, at: Pair, engine: Curvature, only: Sequence[bool] | None = None
+) -> _Responses:
+    """Are J q and H q anything but exactly zero? If so, r depends on the parameter.
+
+    q is r or, where that vanishes, a random direction; with ``only``, in these tensors of v.
+    """
     linearised = engine.linearise(lower, at)
-    through = linearised.product(cast_like(linearised.residual, at.lower)).upper
-    return [part is not None and float(norm([part])) != 0 for part in through]
+    direction = _masked(linearised.residual, only)
+    if float(norm(direction)) == 0:
+        direction = _masked(random_direction(at.lower), only)
+    product = linearised.product(cast_like(direction, at.lower))
+    return _Responses(*([t is not None and float(norm([t])) != 0 for t in p] for p in product))
+
+
+def _masked(direction: Tensors, only: Sequence[bool] | None) -> Tensors:
+    if only is None:
+        return direction
+    return tuple(d if o else torch.zeros_like(d) for d, o in zip(direction, only, strict=True))
 
 
 def check_dependence(
@@ -95,21 +181,73 @@ def check_dependence(
         )
 
 
-def _residual(lower: Loss, at: Pair) -> list[Tensor]:
-    """The entries of grad_v g that are not None, with their graph."""
+def _residual(lower: Loss, at: Pair) -> tuple[OptionalTensors, str | None]:
+    """The entries of grad_v g, with their graph, and the name of a custom function behind g."""
     loss = lower(*at)
     refuse_reentrant_checkpoint(loss)
-    with explained():
-        slopes = cast(
-            OptionalTensors,
-            torch.autograd.grad(loss, at.lower, create_graph=True, allow_unused=True),
-        )
-    residual = [r for r in slopes if r is not None]
-    if not residual:
+    residual = residual_graph(loss, at.lower)
+    if all(r is None for r in residual):
         raise ValueError(
             "the lower loss does not depend on any lower parameter; are the two closures swapped?"
         )
-    return residual
+    return residual, graph.custom_function(loss)
+
+
+def first_look(
+    scope: Scope,
+    checked: bool,
+    losses: Losses,
+    at: Pair,
+    names: Sequence[str],
+    lower_is_map: bool,
+    allow_unused: bool,
+    engine: Curvature,
+) -> None:
+    """What the closures use: modules, state of their own and, unless ``checked``, parameters."""
+    with scope.searching():
+        if not checked:
+            check_dependence(losses, at, names, allow_unused, lower_is_map, engine)
+        _check_kept_state(losses, at, scope, called=not checked)
+
+
+def _check_kept_state(losses: Losses, at: Pair, scope: Scope, called: bool) -> None:
+    """Warn of tensors outside modules that a closure moves: they move with every evaluation.
+
+    Those written into are named at once. One that a name was given anew may be a log or a
+    state: it is a state if a repetition at the same point gives another value.
+
+    Args:
+        losses: f and g.
+        at: (u, v).
+        scope: searches, and has seen the closures run if ``called``; else they run now.
+        called: see ``scope``.
+    """
+    random = RandomState(p.device for p in (*at.upper, *at.lower))
+
+    def call() -> None:
+        for loss in (losses.upper, losses.lower):
+            with random.replayed():
+                loss(*at)
+
+    if not called:
+        call()
+    suspects = scope.rebound
+    if suspects:
+        call()
+        before = dict(suspects)
+        call()
+        suspects = {n: t for n, t in before.items() if not torch.equal(t, scope.rebound[n])}
+    kept = [*scope.written, *suspects]
+    if kept:
+        warnings.warn(
+            f"a closure moves {kept}, which it keeps between its calls: a step evaluates each "
+            "closure several times, so a state of its own moves as often, and losses that read it "
+            "are not the same function twice. Make it a buffer of a module "
+            "(register_buffer; those move once per step), or move it outside the closure, after "
+            "the step",
+            BilevelWarning,
+            stacklevel=5,
+        )
 
 
 def raise_unused(names: Sequence[str], direct_only: bool = False) -> None:

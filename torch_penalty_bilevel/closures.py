@@ -47,6 +47,7 @@ def losses_of(
 ) -> Losses:
     """Pure functions where the engine needs them, else live closures."""
     check_callables(upper_closure, lower_closure)
+    guard.expect(upper_closure, lower_closure)
     if isinstance(curvature, VectorJacobian):
         rules = upper_rule, lower_rule
         return pure(upper_closure, lower_closure, *rules, guard, lower_is_map, inequalities)
@@ -68,7 +69,7 @@ def live(
             del upper, lower  # the closure reads the very tensors
             # Inside an autocast block of the caller, copies of parameters that have moved.
             torch.clear_autocast_cache()
-            with guard.evaluation(level), torch.enable_grad():
+            with guard.evaluation(level, closure), torch.enable_grad():
                 return check(closure(), level, differentiable=True)
 
         return loss
@@ -92,7 +93,7 @@ def pure(
 
     def adapted(function: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
         def loss(upper: Tensors, lower: Tensors) -> Any:
-            with guard.evaluation(level):  # of modules behind torch.func.functional_call
+            with guard.evaluation(level, function):  # of modules behind torch.func.functional_call
                 value = function(structured_upper(upper), structured_lower(lower))
             return check(value, level, differentiable=False)
 

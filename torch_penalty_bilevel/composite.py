@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import levels
+from .scope import Scope
 from .tensors import Pair
 
 
@@ -27,7 +28,8 @@ class TwoLevelOptimizer(Optimizer):
     upper: Optimizer
     lower: Optimizer
     _order: list[str]
-    _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order")
+    _scope: Scope
+    _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order", "_scope")
 
     def _build(
         self,
@@ -48,6 +50,7 @@ class TwoLevelOptimizer(Optimizer):
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
         """Start life with these two rules, in the way unpickling does."""
         self.upper, self.lower = upper, lower
+        self._scope = Scope()
         self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
         # Schedulers that cycle momentum look here for what all groups have.
         common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}

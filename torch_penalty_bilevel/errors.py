@@ -16,7 +16,19 @@ class UnusedParameterError(BilevelError):
 
 
 class DoubleBackwardError(BilevelError):
-    """An operation of the lower loss has no (trustworthy) second derivative in autograd."""
+    """An operation of the lower loss has no (trustworthy) second derivative in autograd.
+
+    Args:
+        reason: what is missing.
+        remedy: what to do, unless someone does it already.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason, remedy)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ". ".join(part for part in self.args if part)
 
 
 class NondeterministicClosureError(BilevelError):

@@ -72,7 +72,7 @@ def has_reentrant_checkpoint(output: Tensor) -> bool:
 def custom_function(output: Tensor) -> str | None:
     """Name of a Python autograd Function behind ``output``; nothing vouches for its derivatives."""
     for node in nodes(output):
-        if isinstance(node, BackwardCFunction):
+        if isinstance(node, BackwardCFunction) and not _compiled(node):
             return _function_name(node)
     return None
 
@@ -98,6 +98,15 @@ def _is_bent_elu(node: Any) -> bool:
 
 def _is_polyhedral_norm(node: Any) -> bool:
     return node.name().startswith("LinalgVectorNorm") and float(node._saved_ord) != 2.0
+
+
+def is_compiled(output: Tensor) -> bool:
+    """Is there compiled code behind ``output``, with a compiled backward pass?"""
+    return any(isinstance(node, BackwardCFunction) and _compiled(node) for node in nodes(output))
+
+
+def _compiled(node: Any) -> bool:
+    return _class_of(node).__module__.startswith("torch._functorch._aot_autograd")
 
 
 def _once_differentiable(node: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import closures, levels
 from . import curvature as engines
-from .checks import check_dependence, raise_unused
+from .checks import first_look, raise_unused
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .errors import NonFiniteError
@@ -174,8 +174,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
         Closures are as for ``PenaltyBilevelOptimizer.step``; one that draws a batch draws a fresh
         one for every lower step and one for the adjoint equation (``"stochastic"``: for each of
-        its products). BatchNorm statistics move once per call. The first call evaluates both
-        losses once more, to see what they depend on.
+        its products). BatchNorm statistics move once per call. The first call (of new lines of
+        code) evaluates both losses once more, uncompiled, to see what they use.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors; does not call backward.
@@ -194,7 +194,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         before = self._adjoint, self._first_lower, self.metrics, dict(self._counts)
         engine = engines.packed(self.curvature)
         try:
-            with all_or_nothing([self.lower], self._devices()) as guard:
+            with all_or_nothing([self.lower], self._devices(), self._scope) as guard:
                 both, rules = (upper_closure, lower_closure), (self.upper, self.lower)
                 is_map = self.lower_is_map
                 return self._step(closures.losses_of(self.curvature, *both, *rules, guard, is_map))
@@ -210,9 +210,9 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
-        if not self._dependence_checked:
-            unused, engine = self.allow_unused, self.curvature
-            check_dependence(losses, point, names, unused, self.lower_is_map, engine)
+        if not self._dependence_checked or self._scope.is_new:
+            checked, options = self._dependence_checked, (self.allow_unused, self.curvature)
+            first_look(self._scope, checked, losses, point, names, self.lower_is_map, *options)
             self._dependence_checked = True
         place = f"in step {number + 1}; nothing was changed"
         is_map, engine = self.lower_is_map, self.curvature

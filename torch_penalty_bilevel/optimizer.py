@@ -13,7 +13,7 @@ from . import closures, levels, penalties, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
-from .checks import check_count, check_dependence, raise_unused, zeros_in_a_row
+from .checks import check_count, first_look, raise_unused, zeros_in_a_row
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
@@ -154,8 +154,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         The last lower evaluation also serves the upper update where the rule allows it:
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
         step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
-        the one that serves u is differentiated with respect to u. BatchNorm statistics move once
-        per call. The first call evaluates both losses once more, to see what they depend on.
+        the one that serves u is differentiated with respect to u. Buffers move once per call. The
+        first (of new lines of code) evaluates both once more, uncompiled, to see what they use.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
@@ -239,7 +239,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         """
         self._sets.check_comparable()
         options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
-        with rehearsal([self.upper, self.lower], self._devices()) as guard:
+        with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
             at, names = self._point(), self._moving_upper_names()
             dual, step = self._dual.only(self._moving_lower()), self._counts["steps"] + 1
@@ -311,7 +311,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         counts, engine = dict(self._counts), engines.packed(self.curvature)
         before = self._dual, self._adjoint, self._seen, counts, self._sets.multipliers
         try:
-            with all_or_nothing(rules, self._devices()) as guard:
+            with all_or_nothing(rules, self._devices(), self._scope) as guard:
                 losses = self._losses(upper_closure, lower_closure, guard)
                 yield lambda for_upper: self._evaluate(losses, for_upper)
         except BaseException:
@@ -325,9 +325,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self._sets.start(losses, at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
-        if not self._dependence_checked:
-            engine, is_map = self.curvature, self.penalty.lower_is_map
-            check_dependence(losses, at, names, self.allow_unused, is_map, engine)
+        if not self._dependence_checked or self._scope.is_new:
+            checked, options = self._dependence_checked, (self.allow_unused, self.curvature)
+            first_look(self._scope, checked, losses, at, names, self.penalty.lower_is_map, *options)
             self._dependence_checked = True
         if not for_upper and engines.reads_live(self.curvature):
             at, names = Pair((), at.lower), []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, dependence
-from .curvature import Automatic, Curvature, DoubleBackward, FiniteDifference, Loss, engine_point
+from .curvature import Automatic, Curvature, FiniteDifference, Loss, engine_point
 from .diagnosis import Context, diagnosed
 from .dual import DualState
 from .errors import BilevelWarning
@@ -84,7 +84,7 @@ def check(subject: Subject, options: Options) -> HypergradientReport:
 
 def _compare(subject: Subject, options: Options, repeats: Repeats) -> HypergradientReport:
     at, losses = subject.at, subject.losses
-    depends = dependence(losses, at, False, DoubleBackward())
+    depends = dependence(losses, at, False, _reference(subject.curvature))
     evaluation, norms = _estimate(subject)
     estimate = tuple(dense(g) for g in filled(evaluation.upper_grad, at.upper))
     problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.reduce)

@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 from .buffers import BufferGuard
 from .moments import copied
 from .randomness import RandomState
+from .scope import Scope
 
 
 @contextlib.contextmanager
 def all_or_nothing(
-    rules: Sequence[Optimizer], devices: Sequence[torch.device]
+    rules: Sequence[Optimizer], devices: Sequence[torch.device], scope: Scope
 ) -> Generator[BufferGuard]:
     """Undo on any exception what the block did to random generators, buffers and ``rules``.
 
@@ -24,10 +25,11 @@ def all_or_nothing(
             gradients and state are copied first. Empty where every evaluation comes
             before every update: then there is nothing to copy.
         devices: devices whose random generators the closures may use.
+        scope: knows the modules whose buffers the closures move.
     """
     random = RandomState(devices)
     copies = [_Copy(rule) for rule in rules]
-    guard = BufferGuard()
+    guard = BufferGuard(scope)
     try:
         yield guard
     except BaseException:
@@ -40,19 +42,23 @@ def all_or_nothing(
 
 @contextlib.contextmanager
 def rehearsal(
-    rules: Sequence[Optimizer], devices: Sequence[torch.device]
+    rules: Sequence[Optimizer], devices: Sequence[torch.device], scope: Scope
 ) -> Generator[BufferGuard]:
     """Undo in any case what the block did to random generators, buffers, parameters, gradients.
+
+    Compiled code runs uncompiled inside, where it has second derivatives to compare with.
 
     Args:
         rules: optimizers whose parameters the block may move; it does not step them.
         devices: devices whose random generators the closures may use.
+        scope: knows the modules whose buffers the closures move.
     """
     random = RandomState(devices)
     parameters = [p for rule in rules for group in rule.param_groups for p in group["params"]]
     saved = [(p, p.detach().clone(), p.grad) for p in parameters]
     try:
-        yield BufferGuard()  # never committed, so the buffers stay
+        with scope.searching():
+            yield BufferGuard(scope)  # never committed, so the buffers stay
     finally:
         with torch.no_grad():
             for parameter, value, grad in saved:

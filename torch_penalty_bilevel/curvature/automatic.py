@@ -152,8 +152,8 @@ class Automatic:
         """By double backward, or after its first refusal by differences."""
         random = RandomState(t.device for t in (*at.upper, *at.lower))
 
-        def again(reason: Exception) -> Linearised:
-            self.switch(str(reason))
+        def again(reason: DoubleBackwardError) -> Linearised:
+            self.switch(reason.reason)
             with random.replayed():
                 return self.current.linearise(loss, at, reusable=reusable)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import graph
-from ..errors import DoubleBackwardError
-from ..tensors import OptionalPair, Pair, Tensors, norm
+from ..errors import BilevelError, DoubleBackwardError
+from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm
 from .protocol import Linearised, Loss, Map
 
 _REMEDY = (
@@ -19,8 +19,8 @@ _REMEDY = (
     "itself; for attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward "
     "pass has a second derivative."
 )
-# Fragments of what torch 2.x says when an operation has no double backward.
-_REFUSALS = (
+# How torch 2.x names the operation that has no double backward; other refusals name none.
+_NAMES = (
     r"derivative for '?(?P<op>[\w:]+)'? is not implemented",
     r"[Dd]ouble backwards? (?:is|are) not supported for (?P<op>[\w ]+)",
     r"(?P<op>torch\.compile) with aot_autograd does not currently support double backward",
@@ -28,25 +28,100 @@ _REFUSALS = (
     r"differentiate twice a function that was marked with @(?P<op>once_differentiable)",
     r"trying to backward through (?P<op>\w+) .*does not support double backward",
 )
+# Failures of the machine, not of the graph.
+_FAILURES: tuple[type[BaseException], ...] = tuple(
+    getattr(torch, name)
+    for name in ("OutOfMemoryError", "AcceleratorError")
+    if hasattr(torch, name)
+)
 
 
 @contextlib.contextmanager
-def explained() -> Generator[None]:
-    """Turn torch's many ways to refuse a double backward into one error that names the remedy."""
+def first_derivative() -> Generator[None]:
+    """Say what a gradient that fails because its graph is gone means."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
-        for pattern in _REFUSALS:
-            if match := re.search(pattern, str(error)):
-                raise DoubleBackwardError(
-                    f"no second derivative for {match['op']!r} in the lower loss. {_REMEDY}"
-                ) from error
+    except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise DoubleBackwardError(
                 "the graph of a loss was already freed: the closure called backward() itself, or "
                 "uses tensors computed outside it. Compute everything that depends on the "
                 "parameters inside the closure, and return the loss without calling backward()."
             ) from error
+        raise
+
+
+@contextlib.contextmanager
+def explained(is_own: Callable[[Exception], bool] = lambda _: False) -> Generator[None]:
+    """Turn torch's many ways to refuse a second derivative into one error that names the remedy.
+
+    The block differentiates a gradient, so whatever fails there is a refusal, whoever words it:
+    torch, a library, or a kernel without autograd. Excepted are failures of the machine.
+
+    Args:
+        is_own: where the block also evaluates losses: did a loss raise this error by itself?
+    """
+    with first_derivative():
+        try:
+            yield
+        except (RuntimeError, NotImplementedError) as error:
+            freed = "backward through the graph a second time" in str(error)
+            if freed or _is_failure(error) or is_own(error):
+                raise
+            raise _refusal(error) from error
+
+
+def names_operation(error: Exception) -> bool:
+    """Is it one of torch's own refusals, by its text?"""
+    return any(re.search(pattern, str(error)) for pattern in _NAMES)
+
+
+def _is_failure(error: Exception) -> bool:
+    return isinstance(error, (BilevelError, *_FAILURES)) or "DefaultCPUAllocator" in str(error)
+
+
+def _refusal(error: Exception) -> DoubleBackwardError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    for pattern in _NAMES:
+        if match := re.search(pattern, str(error)):
+            return DoubleBackwardError(
+                f"no second derivative for {match['op']!r} in the lower loss", _REMEDY
+            )
+    return DoubleBackwardError(
+        f"no second derivative of the lower loss; torch says: {lines[0]}", _REMEDY
+    )
+
+
+def hidden_dependence(custom: str | None) -> DoubleBackwardError:
+    """For a graph of r that stops short of what a difference of gradients sees.
+
+    Args:
+        custom: name of a function of the graph whose backward pass nobody vouches for.
+    """
+    suspect = custom or "an operation whose backward pass is not differentiable"
+    return DoubleBackwardError(
+        "the gradient of the lower loss depends on more than its graph says, so that second "
+        f"derivatives are silently wrong; {suspect} is the likely cause",
+        _REMEDY,
+    )
+
+
+def residual_graph(value: Tensor, lower: Tensors) -> OptionalTensors:
+    """grad_v of the 0-d ``value`` with its own graph.
+
+    Raises:
+        DoubleBackwardError: torch makes a gradient, but no graph of it.
+    """
+
+    def gradient(create_graph: bool) -> OptionalTensors:
+        return torch.autograd.grad(value, lower, create_graph=create_graph, allow_unused=True)
+
+    try:
+        with explained():
+            return gradient(create_graph=True)
+    except DoubleBackwardError:
+        with first_derivative():
+            gradient(create_graph=False)  # raises what has nothing to do with second derivatives
         raise
 
 
@@ -62,9 +137,11 @@ def refuse_reentrant_checkpoint(value: Tensor) -> None:
 
 def refuse_silently_wrong(value: Tensor) -> None:
     """Raise if an operation behind ``value`` has a wrong second derivative and no error."""
+    if graph.is_compiled(value):
+        raise DoubleBackwardError("torch.compile leaves no second derivative", _REMEDY)
     if culprit := graph.silently_wrong(value):
         raise DoubleBackwardError(
-            f"autograd's second derivative of {culprit} is silently wrong. {_REMEDY}"
+            f"autograd's second derivative of {culprit} is silently wrong", _REMEDY
         )
 
 
@@ -73,7 +150,7 @@ def first_order(loss: Loss, at: Pair, *, inspect: bool) -> tuple[Tensor, Optiona
     value = loss(at.upper, at.lower)
     if inspect:
         refuse_reentrant_checkpoint(value)
-    with explained():
+    with first_derivative():
         gradients = torch.autograd.grad(value, (*at.upper, *at.lower), allow_unused=True)
     n = len(at.upper)
     return value.detach(), OptionalPair(gradients[:n], gradients[n:])
@@ -108,11 +185,11 @@ class DoubleBackward:
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         value = loss(at.upper, at.lower)
         self.inspect(value)
-        with explained():
-            residual = torch.autograd.grad(
-                value, at.lower, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-
+        slopes = residual_graph(value, at.lower)
+        residual = tuple(
+            torch.zeros_like(v, requires_grad=False) if r is None else r
+            for r, v in zip(slopes, at.lower, strict=True)
+        )
         return _with_pullback(value, residual, at, reusable)
 
     def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:

@@ -34,16 +34,18 @@ class VectorJacobian:
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         del reusable  # the pullback keeps its graph
 
+        inspected = _Inspected(loss)
+
         def residual_of(upper: Tensors, lower: Tensors) -> tuple[Tensors, Tensor]:
-            return torch.func.grad_and_value(_inspected(loss), argnums=1)(upper, lower)
+            return torch.func.grad_and_value(inspected, argnums=1)(upper, lower)
 
         pulled: Any
-        with _explained():
+        with _explained(inspected):
             pulled = torch.func.vjp(residual_of, *at, has_aux=True)
         residual, pullback, value = pulled
 
         def product(direction: Tensors) -> OptionalPair:
-            with _explained():
+            with _explained(inspected):
                 return OptionalPair(*pullback(direction))
 
         return Linearised(value, residual, product)
@@ -67,17 +69,25 @@ class VectorJacobian:
         return Linearised(half_square(residual), residual, product, transposed)
 
 
-def _explained() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else explained()
+class _Inspected:
+    """A loss whose graph is looked through, and which remembers what it raised itself."""
 
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.error: BaseException | None = None
 
-def _inspected(loss: Loss) -> Loss:
-    if torch.compiler.is_compiling():
-        return loss
-
-    def checked(upper: Tensors, lower: Tensors) -> Tensor:
-        value = loss(upper, lower)
+    def __call__(self, upper: Tensors, lower: Tensors) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._loss(upper, lower)
+        try:
+            value = self._loss(upper, lower)
+        except Exception as error:
+            self.error = error
+            raise
         refuse_silently_wrong(value)
         return value
 
-    return checked
+
+def _explained(loss: _Inspected) -> contextlib.AbstractContextManager[None]:
+    compiling = torch.compiler.is_compiling()
+    return contextlib.nullcontext() if compiling else explained(lambda error: error is loss.error)

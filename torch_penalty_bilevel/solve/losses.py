@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import graph
-from ..curvature.double_backward import explained
+from ..curvature.double_backward import explained, names_operation
 from ..errors import DoubleBackwardError, NonFiniteError, UnusedParameterError
 from ..pytrees import Structure
 from .derivatives import gradient, jacobian, variable
@@ -237,7 +237,7 @@ def require_finite(label: str, *tensors: Tensor) -> Tensor:
 def differentiating(loss: str) -> Generator[None]:
     """Explains what autograd cannot do."""
     try:
-        with torch.enable_grad(), explained():
+        with torch.enable_grad(), explained(lambda error: not names_operation(error)):
             yield
     except DoubleBackwardError as error:
         if error.__cause__ is None:

@@ -1,0 +1,181 @@
+"""Every way in which the code of a closure can name a module or a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from torch_penalty_bilevel.reachable import code_of, reached_by
+
+NET = nn.Linear(2, 2)
+SHELF = types.SimpleNamespace(inner=types.SimpleNamespace(net=NET), other=nn.Linear(1, 1))
+LIBRARY = types.ModuleType("library_of_the_user")
+LIBRARY.net = NET  # type: ignore[attr-defined]
+
+
+def loss(net=None):
+    return (net or NET).weight.sum()
+
+
+class Trainer:
+    kept = NET
+
+    def __init__(self, net=None):
+        self.net = net
+        self.unused = nn.Linear(3, 3)
+
+    def through_attribute(self):
+        return self.net.weight.sum()
+
+    def through_method(self):
+        return self.through_attribute()
+
+    def through_class(self):
+        return self.kept.weight.sum()
+
+    @property
+    def model(self):
+        return self.net
+
+    def through_property(self):
+        return self.model.weight.sum()
+
+    @staticmethod
+    def fixed():
+        return NET.weight.sum()
+
+    def through_static(self):
+        return self.fixed()
+
+    def __call__(self):
+        return self.net.weight.sum()
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    net: nn.Module
+    unused: nn.Module
+
+
+class Bank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = NET
+
+    def own_loss(self):
+        return self.net.weight.sum()
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    return wrapper
+
+
+def nested():
+    def inner():
+        return [NET.weight for _ in range(1)]
+
+    return inner()
+
+
+def cell(net):
+    return lambda: net.weight.sum()
+
+
+def pair(nets):
+    return lambda: nets["a"][0].weight.sum()
+
+
+def slotted(held):
+    return lambda: held.net.weight.sum()
+
+
+def captured(trainer):
+    return lambda: trainer.through_method()
+
+
+CASES = {
+    "global": lambda: NET.weight.sum(),
+    "a global's attribute's attribute": lambda: SHELF.inner.net.weight.sum(),
+    "attribute of a Python module": lambda: LIBRARY.net.weight.sum(),
+    "function called": lambda: loss(),
+    "nested function": nested,
+    "closure cell": cell(NET),
+    "container": pair({"a": (NET,)}),
+    "default": lambda net=NET: net.weight.sum(),
+    "partial": functools.partial(loss, NET),
+    "partial by name": functools.partial(loss, net=NET),
+    "decorated": decorated(cell(NET)),
+    "bound method": Trainer(NET).through_attribute,
+    "method of a method": Trainer(NET).through_method,
+    "captured object": captured(Trainer(NET)),
+    "class attribute": Trainer().through_class,
+    "property": Trainer(NET).through_property,
+    "static method": Trainer().through_static,
+    "callable object": Trainer(NET),
+    "slots": slotted(Slotted(NET, nn.Linear(1, 1))),
+    "method of a module": Bank().own_loss,
+    "compiled function": torch.compile(cell(NET), backend="eager"),
+    "compiled module": cell(torch.compile(NET, backend="eager")),
+    "compiled method": torch.compile(Trainer(NET).through_method, backend="eager"),
+    "disabled function": torch.compiler.disable(cell(NET)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_finds_the_module_and_no_other(case):
+    roots = reached_by(CASES[case]).modules
+    assert any(NET in root.modules() for root in roots)
+    # Trainer.unused, Slotted.unused and SHELF.other are not named by the code.
+    assert all(NET in root.modules() for root in roots)
+
+
+def test_ends_on_cycles_and_unassigned_cells():
+    first, second = types.SimpleNamespace(), types.SimpleNamespace()
+    first.net, second.net = second, first
+
+    def closure():
+        return later, first.net
+
+    assert reached_by(closure).modules == []
+    later = NET
+
+
+def test_long_containers_hold_data():
+    many = [nn.Identity() for _ in range(200)]
+    assert reached_by(lambda: many).modules == []
+
+
+def test_names_of_tensors():
+    history, holder, batch = [torch.ones(1)], types.SimpleNamespace(mean=torch.ones(2)), {}
+    batch["x"] = torch.ones(3)
+    centre = torch.ones(4)
+    tensors = reached_by(lambda: (history, holder.mean, batch, centre)).tensors
+    assert {name: t.numel() for name, t in tensors.items()} == {
+        "history[0]": 1,
+        "holder.mean": 2,
+        "batch['x']": 3,
+        "centre": 4,
+    }
+
+
+def test_code_is_that_of_the_line_and_not_of_the_wrapper():
+    inner = cell(NET)
+    for wrapped in (
+        inner,
+        functools.partial(inner),
+        torch.compile(inner, backend="eager"),
+        cell(nn.Linear(1, 1)),
+    ):
+        assert code_of(wrapped) is inner.__code__
+    assert code_of(Trainer(NET)) is Trainer.__call__.__code__
+    assert code_of(Trainer(NET).through_method) is Trainer.through_method.__code__
+    assert code_of(len) is None
