@@ -85,7 +85,7 @@ def check_dependence(
     ]
     if unused and not allow_unused:
         raise_unused(unused)
-    if not any(found.residual):
+    if names and not any(found.residual):
         warnings.warn(
             f"{'Phi' if lower_is_map else 'grad_v g'} does not depend on any upper parameter, so v "
             "does not respond to u and the hypergradient is the plain gradient of f; are the two "

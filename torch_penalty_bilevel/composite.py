@@ -103,6 +103,11 @@ class TwoLevelOptimizer(Optimizer):
         """The parameters that move, as they are now."""
         upper, lower = levels.parameters(self.upper), levels.parameters(self.lower)
         moving = [tuple(p for p in level if p.requires_grad) for level in (upper, lower)]
+        if not moving[1]:
+            raise ValueError(
+                "every parameter of lower is frozen (requires_grad False), so there is no lower "
+                "problem; thaw some, or train upper by its own optimizer meanwhile"
+            )
         return Pair(*moving)
 
     def _moving_upper_names(self) -> list[str]:

@@ -236,8 +236,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         if unused and not self.allow_unused:
             raise_unused(unused, direct_only=self.method == "alternating")
         self._record(evaluation, measured)
-        for parameter, gradient in zip(point.upper, evaluation.upper_grad, strict=True):
-            parameter.grad = gradient
+        levels.give(self.upper, evaluation.upper_grad)
         with evaluation.upper_face.retracting(point.upper):
             levels.step_touched_rows(self.upper)
         return evaluation.upper_loss

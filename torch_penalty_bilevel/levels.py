@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -65,6 +65,22 @@ def names(optimizer: Optimizer, level: Level) -> list[str]:
         for index in range(len(group["params"])):
             found.append(given[index] if given else f"{level}[{len(found)}]")
     return found
+
+
+def give(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
+    """Hand each parameter that moves its gradient, and none to the others.
+
+    A frozen parameter would otherwise go on moving with the last gradient it had.
+
+    Args:
+        optimizer: the rule.
+        gradients: one for each parameter that moves; more are not looked at. None: the rule leaves
+            the parameter and its moments alone.
+    """
+    fresh = iter(gradients)
+    for parameter in parameters(optimizer):
+        gradient = next(fresh) if parameter.requires_grad else None
+        parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
 
 
 def are_named(optimizer: Optimizer) -> bool:

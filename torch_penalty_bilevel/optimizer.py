@@ -272,12 +272,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             pull = evaluation.tracker_residual
             tracker, moments = stepped(self.lower, lower, advanced.tracker, pull, advanced.moments)
             advanced = advanced._replace(tracker=tracker, moments=moments)
-        for parameter, gradient in zip(lower, direction, strict=False):
-            parameter.grad = gradient.to(parameter.dtype)
+        levels.give(self.lower, direction)
         with evaluation.lower_face.retracting(lower):
             self.lower.step()
         advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)
-        self._dual = self._dual.merged(advanced, moving)
+        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
 
@@ -290,15 +289,14 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
         point = self._point().upper
-        for parameter, gradient in zip(point, evaluation.upper_grad, strict=True):
-            parameter.grad = gradient
+        levels.give(self.upper, evaluation.upper_grad)
         if not hold:
             with evaluation.upper_face.retracting(point):
                 levels.step_touched_rows(self.upper)
             self._sets.upper.ascend(evaluation.upper_values)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
-        self._dual = self._dual.merged(advanced, moving)
+        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
         self._counts["steps"] += 1
 
     # One evaluation.

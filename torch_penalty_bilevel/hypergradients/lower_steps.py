@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim import Optimizer
 
-from ..levels import parameters
+from ..levels import give, parameters
 from ..randomness import RandomState
 from ..tensors import Tensors, clones
 from .problem import Problem
@@ -32,9 +32,8 @@ def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -
         loss, residual = problem.residual()
         if left <= kept:
             visits.append(Visit(clones(lower), learning_rates(rule), loss, random))
-        for parameter, gradient in zip(lower, residual, strict=True):
-            # A copy where it is needed afterwards: hooks change gradients in place.
-            parameter.grad = gradient.to(parameter.dtype, copy=left <= kept)
+        # Copies where they are needed afterwards: hooks change gradients in place.
+        give(rule, clones(residual) if left <= kept else residual)
         rule.step()
         if left <= kept:
             visits[-1].check_step(lower, residual)
@@ -49,7 +48,8 @@ def learning_rates(rule: Optimizer) -> tuple[float, ...]:
 
 @torch.no_grad()
 def restart(rule: Optimizer, first: Tensors) -> None:
-    """Parameters back to ``first``, with a rule that remembers nothing."""
+    """Parameters that move back to ``first``, with a rule that remembers nothing of them."""
     for parameter, value in zip(parameters(rule), first, strict=True):
-        parameter.copy_(value)
-        rule.state.pop(parameter, None)
+        if parameter.requires_grad:
+            parameter.copy_(value)
+            rule.state.pop(parameter, None)
