@@ -269,10 +269,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         direction, advanced = rule.lower_update(dual, evaluation, norms)
         lower = self._point().lower
         if advanced.tracker:
-            pull = evaluation.tracker_residual
+            pull = norms.heard(evaluation.tracker_residual)
             tracker, moments = stepped(self.lower, lower, advanced.tracker, pull, advanced.moments)
             advanced = advanced._replace(tracker=tracker, moments=moments)
-        levels.give(self.lower, direction)
+        levels.give(self.lower, norms.heard(direction))
         with evaluation.lower_face.retracting(lower):
             self.lower.step()
         advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)

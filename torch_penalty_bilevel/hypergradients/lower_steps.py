@@ -33,7 +33,9 @@ def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -
         if left <= kept:
             visits.append(Visit(clones(lower), learning_rates(rule), loss, random))
         # Copies where they are needed afterwards: hooks change gradients in place.
-        give(rule, clones(residual) if left <= kept else residual)
+        gradients = clones(residual) if left <= kept else residual
+        silent = zip(gradients, problem.silent, strict=True)
+        give(rule, [None if is_silent else gradient for gradient, is_silent in silent])
         rule.step()
         if left <= kept:
             visits[-1].check_step(lower, residual)
