@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import closures, levels
+from . import closures, levels, rows
 from . import curvature as engines
 from .checks import check_dependence, raise_unused
 from .composite import TwoLevelOptimizer
@@ -238,7 +238,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._record(evaluation, measured)
         levels.give(self.upper, evaluation.upper_grad)
         with evaluation.upper_face.retracting(point.upper):
-            levels.step_touched_rows(self.upper)
+            rows.step_touched_rows(self.upper)
         return evaluation.upper_loss
 
     # The adjoint.

@@ -1,4 +1,4 @@
-"""The two levels as ordinary torch optimizers: building, naming, stepping by rows."""
+"""The two levels as ordinary torch optimizers: building, naming, giving gradients."""
 
 from __future__ import annotations
 
@@ -143,41 +143,3 @@ def _check_rule(optimizer: Optimizer, level: Level) -> None:
                 f"parameter {name!r} of {level} has dtype {parameter.dtype}; "
                 "bilevel optimisation needs real floating-point parameters"
             )
-
-
-@torch.no_grad()
-def step_touched_rows(optimizer: Optimizer) -> None:
-    """``optimizer.step()``, except on rows that had no gradient: they and their moments stay.
-
-    A row is an entry along the first dimension: one sample's weight, one poison image, one
-    embedding. A row whose gradient is exactly zero was not in the batch; dense Adam would
-    still move it by its momentum and let its moments fade.
-    """
-    kept = [(p, _absent_rows(p)) for p in parameters(optimizer)]
-    saved = [(p, rows, p.clone(), _row_state(optimizer, p)) for p, rows in kept if rows is not None]
-    optimizer.step()
-    for parameter, rows, before, state in saved:
-        parameter.copy_(torch.where(rows, before, parameter))
-        after = optimizer.state[parameter]
-        for key, old in state.items():
-            after[key].copy_(torch.where(rows, old, after[key]))
-
-
-def _absent_rows(parameter: Tensor) -> Tensor | None:
-    """Mask (broadcastable over the tensor) of zero-gradient rows; None where all rows count."""
-    gradient = parameter.grad
-    if gradient is None or gradient.layout != torch.strided or gradient.dim() == 0:
-        return None
-    absent = (gradient == 0).flatten(1).all(1) if gradient.dim() > 1 else gradient == 0
-    if not bool(absent.any()):
-        return None
-    return absent.reshape(-1, *[1] * (gradient.dim() - 1))
-
-
-def _row_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    state = optimizer.state.get(parameter, {})
-    return {
-        key: value.clone()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }

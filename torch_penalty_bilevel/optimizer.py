@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import closures, levels, penalties, self_check
+from . import closures, levels, penalties, rows, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
@@ -292,7 +292,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         levels.give(self.upper, evaluation.upper_grad)
         if not hold:
             with evaluation.upper_face.retracting(point):
-                levels.step_touched_rows(self.upper)
+                rows.step_touched_rows(self.upper)
             self._sets.upper.ascend(evaluation.upper_values)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
