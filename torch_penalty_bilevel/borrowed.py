@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from .in_place import replaced
 from .levels import parameters
 from .moments import Moments, copied
+from .rules import step_without_decay
 from .tensors import OptionalTensors, Tensors, clones
 
 
@@ -43,7 +44,7 @@ def stepped(
                 parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
                 if memory:
                     rule.state[parameter] = copied(memory)
-            rule.step()
+            step_without_decay(rule)
             return clones(live), tuple(dict(rule.state.get(p, {})) for p in live)
     finally:
         for parameter, grad in grads:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import levels
+from . import levels, rules
 from .tensors import Pair
 
 
@@ -43,6 +43,8 @@ class TwoLevelOptimizer(Optimizer):
         upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
         lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3, make=make_lower)
         levels.check_disjoint(upper_rule, lower_rule)
+        rules.check(upper_rule, "upper")
+        rules.check(lower_rule, "lower")
         self._join(upper_rule, lower_rule)
 
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
@@ -81,7 +83,8 @@ class TwoLevelOptimizer(Optimizer):
         """Add a group to the level named by its ``"level"`` entry.
 
         Raises:
-            ValueError: no level, an unknown one, or a parameter that some group already holds.
+            ValueError: no level, an unknown one, a parameter that some group already holds, or an
+                option that would change the level's problem.
         """
         level = param_group.get("level")
         if level not in ("upper", "lower"):
@@ -92,7 +95,9 @@ class TwoLevelOptimizer(Optimizer):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         if any(id(p[1] if isinstance(p, tuple) else p) in held for p in group["params"]):
             raise ValueError("a parameter of the new group is already in a group of either level")
-        self._rules()[level].add_param_group(group)
+        rule = self._rules()[level]
+        rules.check_group(rule, rule.defaults | group, level, self._lower_is_map())
+        rule.add_param_group(group)
         self._order.append(level)
         self._group_added(level, group["params"])
 
@@ -141,9 +146,15 @@ class TwoLevelOptimizer(Optimizer):
             raise ValueError(
                 f"the checkpoint's groups have levels {saved}, this optimizer's have {here}"
             )
+        for group in state_dict["param_groups"]:
+            rule = self._rules()[group["level"]]
+            rules.check_group(rule, group, group["level"], self._lower_is_map())
         self._check_own_state(own)
         super().load_state_dict(state_dict)
         self._load_own_state(own)
+
+    def _lower_is_map(self) -> bool:
+        raise NotImplementedError
 
     def _own_state(self) -> dict[str, Any]:
         raise NotImplementedError

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import closures, levels, rows
+from . import closures, levels, rows, rules
 from . import curvature as engines
 from .checks import check_dependence, raise_unused
 from .composite import TwoLevelOptimizer
@@ -166,6 +166,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._dependence_checked = False
         if self.lower_is_map:
             check_serves_maps(self.curvature)
+        rules.check(self.lower, "lower", self.lower_is_map)
 
     def step(  # type: ignore[override]
         self, upper_closure: Closure, lower_closure: Closure
@@ -195,9 +196,9 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         engine = engines.packed(self.curvature)
         try:
             with all_or_nothing([self.lower], self._devices()) as guard:
-                both, rules = (upper_closure, lower_closure), (self.upper, self.lower)
+                both = upper_closure, lower_closure, self.upper, self.lower
                 is_map = self.lower_is_map
-                return self._step(closures.losses_of(self.curvature, *both, *rules, guard, is_map))
+                return self._step(closures.losses_of(self.curvature, *both, guard, is_map))
         except BaseException:
             self._adjoint, self._first_lower, self.metrics, self._counts = before
             engines.unpack(self.curvature, engine)
@@ -276,6 +277,9 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             self._adjoint += zeros_for(parameters)
             self._first_lower += clones(parameters) if self._first_lower else ()
         self._dependence_checked = False
+
+    def _lower_is_map(self) -> bool:
+        return self.lower_is_map
 
     def _own_state(self) -> dict[str, Any]:
         return {

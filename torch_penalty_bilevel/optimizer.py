@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import closures, levels, penalties, rows, self_check
+from . import closures, levels, penalties, rows, rules, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
@@ -141,6 +141,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._seen: tuple[Tensor, Tensor, Norms, dict[str, float], int] | None = None
         self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
+        rules.check(self.lower, "lower", self._lower_is_map())
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
         self._dependence_checked = False
@@ -274,7 +275,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             advanced = advanced._replace(tracker=tracker, moments=moments)
         levels.give(self.lower, norms.heard(direction))
         with evaluation.lower_face.retracting(lower):
-            self.lower.step()
+            rules.step_without_decay(self.lower)
         advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
         adjoint = rule.adjoint(advanced, evaluation.residual)
@@ -346,11 +347,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         return evaluation, norms
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
-        is_map, rules = self.penalty.lower_is_map, (self.upper, self.lower)
-        losses = closures.losses_of(
-            self.curvature, upper, lower, *rules, guard, is_map, self._sets.inequalities
-        )
-        return self._sets.applied(losses)
+        rest = self.upper, self.lower, guard, self._lower_is_map(), self._sets.inequalities
+        return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
 
     def _moving_lower(self) -> list[bool]:
         moving = [p.requires_grad for p in levels.parameters(self.lower)]
@@ -370,6 +368,9 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             self._dual = self._dual.extended(parameters, end)
             self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
         self._dependence_checked = False
+
+    def _lower_is_map(self) -> bool:
+        return self.penalty.lower_is_map
 
     def _own_state(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from ..levels import give, parameters
 from ..randomness import RandomState
+from ..rules import step_without_decay
 from ..tensors import Tensors, clones
 from .problem import Problem
 from .unrolled import Visit
@@ -36,7 +37,7 @@ def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -
         gradients = clones(residual) if left <= kept else residual
         silent = zip(gradients, problem.silent, strict=True)
         give(rule, [None if is_silent else gradient for gradient, is_silent in silent])
-        rule.step()
+        step_without_decay(rule)
         if left <= kept:
             visits[-1].check_step(lower, residual)
     return visits
