@@ -96,6 +96,12 @@ class TwoLevelOptimizer(Optimizer):
         if any(id(p[1] if isinstance(p, tuple) else p) in held for p in group["params"]):
             raise ValueError("a parameter of the new group is already in a group of either level")
         rule = self._rules()[level]
+        held_here = levels.named(self.upper, "upper") + levels.named(self.lower, "lower")
+        new = [
+            p if isinstance(p, tuple) else (f"the new group's [{i}]", p)
+            for i, p in enumerate(group["params"])
+        ]
+        levels.check_memory([*held_here, *new])
         rules.check_group(rule, rule.defaults | group, level, self._lower_is_map())
         rule.add_param_group(group)
         self._order.append(level)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .memory import overlapping
+
 Level: TypeAlias = Literal["upper", "lower"]
 Parameters: TypeAlias = (
     Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | Optimizer
@@ -89,7 +91,7 @@ def are_named(optimizer: Optimizer) -> bool:
 
 
 def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
-    """Raise if one tensor sits in both levels."""
+    """Raise if one tensor, or its memory, sits in both levels, or memory twice in one."""
     below = {id(p) for p in parameters(lower)}
     for name, parameter in zip(names(upper, "upper"), parameters(upper), strict=True):
         if id(parameter) in below:
@@ -97,6 +99,24 @@ def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
                 f"parameter {name!r} of shape {tuple(parameter.shape)} is in both levels; "
                 "give it to the level that should move it"
             )
+    check_memory(named(upper, "upper") + named(lower, "lower"))
+
+
+def named(optimizer: Optimizer, level: Level) -> list[tuple[str, Tensor]]:
+    """All parameters of a rule with their names."""
+    return list(zip(names(optimizer, level), parameters(optimizer), strict=True))
+
+
+def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ``ValueError`` if two of these parameters share memory, naming both."""
+    pair = overlapping([parameter for _, parameter in named])
+    if pair is not None:
+        (one, _), (other, parameter) = (named[i] for i in pair)
+        raise ValueError(
+            f"parameters {one!r} and {other!r} (of shape {tuple(parameter.shape)}) share memory, "
+            "so that moving one moves the other; detach(), .data and state_dict() do not copy: "
+            "make one of them with p.detach().clone().requires_grad_()"
+        )
 
 
 def _as_list(argument: Any, level: Level) -> list[Any]:
