@@ -5,6 +5,7 @@ import torch
 
 from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the lower loss does not depend on")
 ENGINES = ["double_backward", "finite_difference", "functional", "auto"]
 RULES = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),

@@ -15,7 +15,7 @@ from .curvature.double_backward import explained, refuse_reentrant_checkpoint
 from .errors import BilevelWarning, UnusedParameterError
 from .penalties import Losses
 from .randomness import RandomState
-from .tensors import OptionalTensors, Pair, cast_like, norm
+from .tensors import OptionalTensors, Pair, Tensors, cast_like, norm
 
 
 def check_count(name: str, value: Any, at_least: int) -> None:
@@ -25,14 +25,18 @@ def check_count(name: str, value: Any, at_least: int) -> None:
 
 
 class Dependence(NamedTuple):
-    """For each upper parameter: is it in the graph of f, and in that of the residual r?"""
+    """For each upper parameter: is it in the graph of f, and in that of the residual r?
+
+    And for each lower one: is it in the graph of g?
+    """
 
     upper_loss: list[bool]
     residual: list[bool]
+    lower: list[bool]
 
 
 def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) -> Dependence:
-    """Which upper parameters f and r depend on.
+    """Which upper parameters f and r depend on, and which lower ones g.
 
     By their graphs. That of r holds twice the activations of a plain gradient; where the
     engine takes differences, and need not, it is made only if a difference finds no dependence.
@@ -45,11 +49,23 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
     if takes_differences(engine) and not lower_is_map:
-        responds = _responds(losses.lower, at, engine)
+        in_lower_loss: list[bool] = []
+
+        def watched(upper: Tensors, lower: Tensors) -> Tensor:
+            value = losses.lower(upper, lower)
+            in_lower_loss[:] = in_lower_loss or graph.reached([value], at.lower)
+            return value
+
+        responds = _responds(watched, at, engine)
         if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
-            return Dependence(in_upper_loss, responds)
-    residual = list(losses.lower(*at)) if lower_is_map else _residual(losses.lower, at)
-    return Dependence(in_upper_loss, graph.reached(residual, at.upper))
+            return Dependence(in_upper_loss, responds, in_lower_loss)
+    if lower_is_map:  # r = v - Phi depends on every v
+        image = list(losses.lower(*at))
+        return Dependence(in_upper_loss, graph.reached(image, at.upper), [True] * len(at.lower))
+    slopes = _residual(losses.lower, at)
+    residual = [r for r in slopes if r is not None]
+    in_residual = graph.reached(residual, at.upper)
+    return Dependence(in_upper_loss, in_residual, [r is not None for r in slopes])
 
 
 def _responds(lower: Loss, at: Pair, engine: Curvature) -> list[bool]:
@@ -66,7 +82,7 @@ def check_dependence(
     allow_unused: bool,
     lower_is_map: bool,
     engine: Curvature,
-) -> None:
+) -> Dependence:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
     Warns if r depends on none at all: then v does not respond to u and the closures may be swapped.
@@ -80,7 +96,7 @@ def check_dependence(
     random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name
-        for name, direct, indirect in zip(names, *found, strict=True)
+        for name, direct, indirect in zip(names, found.upper_loss, found.residual, strict=True)
         if not direct and not indirect
     ]
     if unused and not allow_unused:
@@ -91,12 +107,63 @@ def check_dependence(
             "does not respond to u and the hypergradient is the plain gradient of f; are the two "
             "closures swapped?",
             BilevelWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
+    return found
 
 
-def _residual(lower: Loss, at: Pair) -> list[Tensor]:
-    """The entries of grad_v g that are not None, with their graph."""
+class DependenceWatch:
+    """Looks at what the losses depend on: at first, and when a lower tensor has fallen silent."""
+
+    _PATIENCE = 20
+    """Evaluations in a row without any gradient, after which to look again."""
+
+    def __init__(self) -> None:
+        self.due = True
+        self._silent: list[int] = []
+        self._named: set[str] = set()
+
+    def look(
+        self,
+        losses: Losses,
+        at: Pair,
+        names: Sequence[str],
+        lower_names: Sequence[str],
+        allow_unused: bool,
+        lower_is_map: bool,
+        engine: Curvature,
+    ) -> None:
+        """If it is time to, and warn, once of each, of lower parameters that g does not use.
+
+        Raises what ``check_dependence`` does.
+        """
+        if not self.due:
+            return
+        found = check_dependence(losses, at, names, allow_unused, lower_is_map, engine)
+        self.due = False
+        missing = [n for n, used in zip(lower_names, found.lower, strict=False) if not used]
+        if new := [n for n in missing if n not in self._named]:
+            self._named.update(new)
+            warnings.warn(
+                f"the lower loss does not depend on the lower parameters {new}, so nothing trains "
+                "them: was a layer replaced after the optimizer was built (add the new one by "
+                "add_param_group), is a part of the network not used, or not in this batch?",
+                BilevelWarning,
+                stacklevel=5,
+            )
+
+    def listen(self, silent: Sequence[bool]) -> None:
+        """Of each lower tensor: did an evaluation give no gradient at all?"""
+        if len(self._silent) != len(silent):
+            self._silent = [0] * len(silent)
+        if any(silent) or any(self._silent):
+            pairs = zip(self._silent, silent, strict=True)
+            self._silent = [count + 1 if is_silent else 0 for count, is_silent in pairs]
+            self.due = self.due or self._PATIENCE in self._silent
+
+
+def _residual(lower: Loss, at: Pair) -> OptionalTensors:
+    """grad_v g, with its graph."""
     loss = lower(*at)
     refuse_reentrant_checkpoint(loss)
     with explained():
@@ -104,12 +171,12 @@ def _residual(lower: Loss, at: Pair) -> list[Tensor]:
             OptionalTensors,
             torch.autograd.grad(loss, at.lower, create_graph=True, allow_unused=True),
         )
-    residual = [r for r in slopes if r is not None]
-    if not residual:
+    if all(r is None for r in slopes):
         raise ValueError(
-            "the lower loss does not depend on any lower parameter; are the two closures swapped?"
+            "the lower loss does not depend on any lower parameter; are the two closures swapped, "
+            "or were the layers replaced after the optimizer was built?"
         )
-    return residual
+    return slopes
 
 
 def raise_unused(names: Sequence[str], direct_only: bool = False) -> None:

@@ -125,6 +125,9 @@ class TwoLevelOptimizer(Optimizer):
         named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
         return [name for name, p in named if p.requires_grad]
 
+    def _moving_lower_names(self) -> list[str]:
+        return [name for name, p in levels.named(self.lower, "lower") if p.requires_grad]
+
     def _devices(self) -> list[torch.device]:
         return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import closures, levels, rows, rules
 from . import curvature as engines
-from .checks import check_dependence, raise_unused
+from .checks import DependenceWatch, raise_unused
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .errors import NonFiniteError
@@ -113,7 +113,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         "_adjoint",
         "_first_lower",
         "_counts",
-        "_dependence_checked",
+        "_dependence",
     )
 
     def __init__(
@@ -163,7 +163,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._adjoint = zeros_for(levels.parameters(self.lower))
         self._first_lower: Tensors = ()
         self._counts = {"steps": 0, "gradient_evaluations": 0}
-        self._dependence_checked = False
+        self._dependence = DependenceWatch()
         if self.lower_is_map:
             check_serves_maps(self.curvature)
         rules.check(self.lower, "lower", self.lower_is_map)
@@ -211,10 +211,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
-        if not self._dependence_checked:
-            unused, engine = self.allow_unused, self.curvature
-            check_dependence(losses, point, names, unused, self.lower_is_map, engine)
-            self._dependence_checked = True
+        how = self.allow_unused, self.lower_is_map, self.curvature
+        self._dependence.look(losses, point, names, self._moving_lower_names(), *how)
         place = f"in step {number + 1}; nothing was changed"
         is_map, engine = self.lower_is_map, self.curvature
         problem = Problem(
@@ -235,7 +233,10 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         measured = measure(evaluation, names, number + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
+            self._dependence.due = True  # is it the lower level that nothing depends on?
+            self._dependence.look(losses, point, names, [], *how)
             raise_unused(unused, direct_only=self.method == "alternating")
+        self._dependence.listen(measured.silent)
         self._record(evaluation, measured)
         levels.give(self.upper, evaluation.upper_grad)
         with evaluation.upper_face.retracting(point.upper):
@@ -276,7 +277,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         if level == "lower":
             self._adjoint += zeros_for(parameters)
             self._first_lower += clones(parameters) if self._first_lower else ()
-        self._dependence_checked = False
+        self._dependence.due = True
 
     def _lower_is_map(self) -> bool:
         return self.lower_is_map

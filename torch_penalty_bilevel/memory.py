@@ -15,7 +15,7 @@ class _Place(NamedTuple):
     """First byte in the storage."""
     end: int
     """One after the last."""
-    index: int
+    which: int
 
 
 def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
@@ -40,8 +40,8 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
             for other in places[i + 1 :]:
                 if other.start >= one.end:
                     break
-                if _meet(tensors[one.index], tensors[other.index], one.start):
-                    return min(one.index, other.index), max(one.index, other.index)
+                if _meet(tensors[one.which], tensors[other.which], one.start):
+                    return min(one.which, other.which), max(one.which, other.which)
     return None
 
 

@@ -13,7 +13,7 @@ from . import closures, levels, penalties, rows, rules, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
-from .checks import check_count, check_dependence, raise_unused, zeros_in_a_row
+from .checks import DependenceWatch, check_count, raise_unused, zeros_in_a_row
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
@@ -106,7 +106,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "_dual",
         "_adjoint",
         "_counts",
-        "_dependence_checked",
+        "_dependence",
         "_zeros_in_a_row",
     )
 
@@ -144,7 +144,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         rules.check(self.lower, "lower", self._lower_is_map())
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
-        self._dependence_checked = False
+        self._dependence = DependenceWatch()
         self._zeros_in_a_row = 0
 
     def step(  # type: ignore[override]
@@ -324,10 +324,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self._sets.start(losses, at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
-        if not self._dependence_checked:
-            engine, is_map = self.curvature, self.penalty.lower_is_map
-            check_dependence(losses, at, names, self.allow_unused, is_map, engine)
-            self._dependence_checked = True
+        how = self.allow_unused, self.penalty.lower_is_map, self.curvature
+        self._dependence.look(losses, at, names, self._moving_lower_names(), *how)
         if not for_upper and engines.reads_live(self.curvature):
             at, names = Pair((), at.lower), []
         at = engines.engine_point(self.curvature, at)
@@ -337,7 +335,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
+            self._dependence.due = True  # is it the lower level that nothing depends on?
+            self._dependence.look(losses, at, names, [], *how)
             raise_unused(unused)
+        self._dependence.listen(norms.silent)
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
             self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
@@ -367,7 +368,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             end = len(self._adjoint) - len(self._sets.lower.multipliers)
             self._dual = self._dual.extended(parameters, end)
             self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
-        self._dependence_checked = False
+        self._dependence.due = True
 
     def _lower_is_map(self) -> bool:
         return self.penalty.lower_is_map
