@@ -158,9 +158,24 @@ class TwoLevelOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             rule = self._rules()[group["level"]]
             rules.check_group(rule, group, group["level"], self._lower_is_map())
+        self._check_shapes(state_dict)
         self._check_own_state(own)
         super().load_state_dict(state_dict)
         self._load_own_state(own)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``ValueError`` for moments of other shapes than the parameters have here."""
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        here = [p for group in self.param_groups for p in group["params"]]
+        for position, (number, parameter) in enumerate(zip(numbers, here, strict=False)):
+            for key, value in state_dict["state"].get(number, {}).items():
+                is_like = isinstance(value, Tensor) and value.dim() == parameter.dim()
+                if is_like and key not in ("row_var", "col_var") and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the checkpoint's {key!r} of parameter {position} has shape "
+                        f"{tuple(value.shape)}, the parameter here {tuple(parameter.shape)}; "
+                        "nothing was changed (another number of samples?)"
+                    )
 
     def _lower_is_map(self) -> bool:
         raise NotImplementedError
