@@ -76,3 +76,14 @@ def test_a_map_given_as_a_dict_goes_by_label_not_by_order():
         ends.append(torch.cat([u, a, b]).detach())
     assert torch.equal(*ends)
     assert ends[0][1] > 0 > ends[0][2]
+
+
+def test_a_group_tensor_replaced_by_one_of_another_length_is_named():
+    for change in (
+        lambda held: held.__setitem__(0, torch.zeros(7, requires_grad=True)),
+        lambda held: held.append(torch.zeros(7, requires_grad=True)),
+    ):
+        task = Task().run(1)
+        change(task.optimizer.lower.param_groups[0]["params"])
+        with pytest.raises(ValueError, match=r"of shape \(7,\) is not what its group held"):
+            task.run(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import levels, rules
-from .tensors import Pair
+from .tensors import Pair, Tensors
 
 
 class TwoLevelOptimizer(Optimizer):
@@ -27,6 +27,8 @@ class TwoLevelOptimizer(Optimizer):
     upper: Optimizer
     lower: Optimizer
     _order: list[str]
+    _adjoint: Tensors
+    """One tensor shaped like each lower parameter, and possibly more."""
     _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order")
 
     def _build(
@@ -119,6 +121,14 @@ class TwoLevelOptimizer(Optimizer):
                 "every parameter of lower is frozen (requires_grad False), so there is no lower "
                 "problem; thaw some, or train upper by its own optimizer meanwhile"
             )
+        shapes = [tuple(q.shape) for q in self._adjoint]
+        for i, (name, parameter) in enumerate(levels.named(self.lower, "lower")):
+            if shapes[i : i + 1] != [tuple(parameter.shape)]:
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} is not what its group "
+                    "held when the optimizer was built; add tensors by add_param_group of this "
+                    "optimizer, or build a new one"
+                )
         return Pair(*moving)
 
     def _moving_upper_names(self) -> list[str]:
