@@ -6,10 +6,10 @@
 Cleaning scikit-learn's digits: 1,000 samples, half of them with a wrong label, 50 clean ones, one
 weight per sample, batches of 100, Adam 1e-2 below and 1e-1 above. The score is the share of labels
 told right; 0.5 is guessing. A seed is lost if auto scores lower than double backward by more than
-twice the standard deviation of double backward over the seeds. Attention is differentiated twice in
-its plain form (sdpa_kernel(MATH)), which "auto" and differences do not get. Where auto never left
-double backward the two took the same steps bit by bit (tests/test_curvature_looks.py), and the run is not
-repeated. ``--differences`` adds a column of finite differences throughout.
+twice the standard deviation of double backward over the seeds. Attention is differentiated twice
+in its plain form (sdpa_kernel(MATH)), which "auto" and differences are not given. Where auto never
+left double backward the two take the same steps bit by bit, and the run is not repeated.
+``--differences`` adds a column of finite differences throughout.
 
 Each run is a line of results/engine_choice.jsonl, so that an interrupted table goes on.
 """

@@ -88,7 +88,7 @@ def test_alarm_keeps_still_below_what_a_difference_promises_and_without_a_slope(
 
 
 def test_a_growing_certificate_brings_the_look_forward_and_double_backward_back() -> None:
-    """A loss that turns wild between two looks: sin(1e4 z) has curvature that no difference sees."""
+    """A loss that turns wild between two looks: no difference sees the curvature of sin(1e4 z)."""
 
     class Wild(nn.Module):
         size = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_evidence_against_its_definition(monkeypatch, times) -> None:
 
     errors = [max(map(error, other, exact)) for other in others]
     assert_close(found.disagreement, min(errors), rtol=1e-5, atol=0)
-    pairs = zip(others, others[1:], strict=False)
+    pairs = itertools.pairwise(others)
     spread = min(max(map(error, small, large)) for small, large in pairs)
     assert_close(found.spread, spread, rtol=1e-5, atol=0)
     assert differences.relative_step == steps[errors.index(min(errors))]

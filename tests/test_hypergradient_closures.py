@@ -39,7 +39,7 @@ class Noisy:
 def test_reverse_repeats_batches_and_dropout_masks() -> None:
     """Autograd through the same steps with the same draws."""
     noisy = Noisy(method="reverse", lower_steps=4)
-    noisy.optimizer._dependence_checked = True  # it draws nothing, but keep the draws simple
+    noisy.optimizer._dependence.due = False  # it draws nothing, but keep the draws simple
     state, start = torch.get_rng_state(), copy.deepcopy(noisy.net.state_dict())
     noisy.optimizer.step(noisy.f, noisy.g)
     reached = [p.detach().clone() for p in noisy.net.parameters()]
@@ -99,7 +99,7 @@ def test_memory_of_reverse_is_that_of_the_iterates() -> None:
         optimizer = HypergradientOptimizer(
             [u], rule, upper_lr=0.0, method="reverse", lower_steps=steps
         )
-        optimizer._dependence_checked = True
+        optimizer._dependence.due = False
         optimizer.step(lambda: v.square().sum(), lambda: torch.tanh(grid * v + u).square().mean())
 
     run(2)

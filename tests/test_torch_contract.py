@@ -49,7 +49,7 @@ def test_any_rule_moves_a_level():
         task = Task()
         start = task.point()
         task.optimizer = PenaltyBilevelOptimizer(
-            rule([task.weights], lr=0.01), rule(task.net.parameters(), lr=0.01)
+            rule([task.weights], lr=0.01), rule(task.net.parameters(), lr=0.01, weight_decay=0)
         )
         task.run(3)
         moved = task.point() != start

@@ -8,12 +8,17 @@ from torch.optim import Optimizer
 from .in_place import replaced
 from .levels import parameters
 from .moments import Moments, copied
-from .tensors import Tensors, clones
+from .rules import step_without_decay
+from .tensors import OptionalTensors, Tensors, clones
 
 
 @torch.no_grad()
 def stepped(
-    rule: Optimizer, live: Tensors, point: Tensors, gradients: Tensors, moments: tuple[Moments, ...]
+    rule: Optimizer,
+    live: Tensors,
+    point: Tensors,
+    gradients: OptionalTensors,
+    moments: tuple[Moments, ...],
 ) -> tuple[Tensors, tuple[Moments, ...]]:
     """Where ``rule`` would move ``point`` under ``gradients``, and its moments afterwards.
 
@@ -24,7 +29,7 @@ def stepped(
         rule: the optimizer.
         live: those of its parameters that take part; no other moves.
         point: values in their place.
-        gradients: one per tensor of ``point``.
+        gradients: one per tensor of ``point``; None leaves it and its moments alone.
         moments: the rule's memory that belongs to ``point``; not modified.
     """
     grads = [(p, p.grad) for p in parameters(rule)]
@@ -36,10 +41,10 @@ def stepped(
             parameter.grad = None
         with replaced(live, point):
             for parameter, gradient, memory in zip(live, gradients, moments, strict=True):
-                parameter.grad = gradient.to(parameter.dtype)
+                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
                 if memory:
                     rule.state[parameter] = copied(memory)
-            rule.step()
+            step_without_decay(rule)
             return clones(live), tuple(dict(rule.state.get(p, {})) for p in live)
     finally:
         for parameter, grad in grads:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import graph
 from .curvature import Automatic, Curvature, FiniteDifference, Loss, takes_differences
@@ -35,14 +36,18 @@ def check_count(name: str, value: Any, at_least: int) -> None:
 
 
 class Dependence(NamedTuple):
-    """For each upper parameter: is it in the graph of f, and in that of the residual r?"""
+    """For each upper parameter: is it in the graph of f, and in that of the residual r?
+
+    And for each lower one: is it in the graph of g?
+    """
 
     upper_loss: list[bool]
     residual: list[bool]
+    lower: list[bool]
 
 
 def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) -> Dependence:
-    """Which upper parameters f and r depend on.
+    """Which upper parameters f and r depend on, and which lower ones g.
 
     By their graphs. That of r holds twice the activations of a plain gradient; where the
     engine takes differences, and need not, it is made only if a difference finds no dependence.
@@ -56,14 +61,22 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     refuse_reentrant_checkpoint(upper_loss)
     in_upper_loss = graph.reached([upper_loss], at.upper)
     del upper_loss
-    if lower_is_map:
-        return Dependence(in_upper_loss, graph.reached(list(losses.lower(*at)), at.upper))
+    if lower_is_map:  # r = v - Phi depends on every v
+        image = list(losses.lower(*at))
+        return Dependence(in_upper_loss, graph.reached(image, at.upper), [True] * len(at.lower))
+    in_lower_loss: list[bool] = []
+
+    def watched(upper: Tensors, lower: Tensors) -> Tensor:
+        value = losses.lower(upper, lower)
+        in_lower_loss[:] = in_lower_loss or graph.reached([value], at.lower)
+        return value
+
     differences = takes_differences(engine)
     responds = [False] * len(at.upper)
     if differences:
-        responds = _responds(losses.lower, at, engine).upper
+        responds = _responds(watched, at, engine).upper
         if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
-            return Dependence(in_upper_loss, responds)
+            return Dependence(in_upper_loss, responds, in_lower_loss)
     random = RandomState(p.device for p in (*at.upper, *at.lower))
     try:
         residual, custom = _residual(losses.lower, at)
@@ -71,14 +84,16 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
         if not (differences or isinstance(engine, Automatic)):
             raise
         with random.replayed():
-            return Dependence(in_upper_loss, _responds(losses.lower, at, _one_sided()).upper)
+            responds = _responds(watched, at, _one_sided()).upper
+            return Dependence(in_upper_loss, responds, in_lower_loss)
     reached = graph.reached([r for r in residual if r is not None], at.upper)
     with random.replayed():
         if not differences:
             responds = _beyond(reached, residual, custom, losses.lower, at, engine)
         elif not all(reached):
             responds = _responds(losses.lower, at, _one_sided()).upper
-    return Dependence(in_upper_loss, [a or b for a, b in zip(reached, responds, strict=True)])
+    in_residual = [a or b for a, b in zip(reached, responds, strict=True)]
+    return Dependence(in_upper_loss, in_residual, [r is not None for r in residual])
 
 
 def _beyond(
@@ -152,7 +167,7 @@ def check_dependence(
     allow_unused: bool,
     lower_is_map: bool,
     engine: Curvature,
-) -> None:
+) -> Dependence:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
     Warns if r depends on none at all: then v does not respond to u and the closures may be swapped.
@@ -166,19 +181,78 @@ def check_dependence(
     random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name
-        for name, direct, indirect in zip(names, *found, strict=True)
+        for name, direct, indirect in zip(names, found.upper_loss, found.residual, strict=True)
         if not direct and not indirect
     ]
     if unused and not allow_unused:
         raise_unused(unused)
-    if not any(found.residual):
+    if names and not any(found.residual):
         warnings.warn(
             f"{'Phi' if lower_is_map else 'grad_v g'} does not depend on any upper parameter, so v "
             "does not respond to u and the hypergradient is the plain gradient of f; are the two "
             "closures swapped?",
             BilevelWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
+    return found
+
+
+class DependenceWatch:
+    """Looks at what the losses depend on: at first, and when a lower tensor has fallen silent."""
+
+    _PATIENCE = 20
+    """Evaluations in a row without any gradient, after which to look again."""
+
+    def __init__(self) -> None:
+        self.due = True
+        self._silent: list[int] = []
+        self._named: set[str] = set()
+
+    def look(
+        self,
+        losses: Losses,
+        at: Pair,
+        names: Sequence[str],
+        lower_names: Sequence[str],
+        scope: Scope,
+        allow_unused: bool,
+        lower_is_map: bool,
+        engine: Curvature,
+    ) -> None:
+        """If it is time to, or if closures are new, at what they use and keep.
+
+        Warns, once of each, of lower parameters that g does not use. Raises what
+        ``check_dependence`` does.
+        """
+        if not self.due and not scope.is_new:
+            return
+        with scope.searching():
+            if self.due:
+                found = check_dependence(losses, at, names, allow_unused, lower_is_map, engine)
+                self._name_unused(lower_names, found)
+            _check_kept_state(losses, at, scope, called=self.due)
+        self.due = False
+
+    def _name_unused(self, lower_names: Sequence[str], found: Dependence) -> None:
+        missing = [n for n, used in zip(lower_names, found.lower, strict=False) if not used]
+        if new := [n for n in missing if n not in self._named]:
+            self._named.update(new)
+            warnings.warn(
+                f"the lower loss does not depend on the lower parameters {new}, so nothing trains "
+                "them: was a layer replaced after the optimizer was built (add the new one by "
+                "add_param_group), is a part of the network not used, or not in this batch?",
+                BilevelWarning,
+                stacklevel=6,
+            )
+
+    def listen(self, silent: Sequence[bool]) -> None:
+        """Of each lower tensor: did an evaluation give no gradient at all?"""
+        if len(self._silent) != len(silent):
+            self._silent = [0] * len(silent)
+        if any(silent) or any(self._silent):
+            pairs = zip(self._silent, silent, strict=True)
+            self._silent = [count + 1 if is_silent else 0 for count, is_silent in pairs]
+            self.due = self.due or self._PATIENCE in self._silent
 
 
 def _residual(lower: Loss, at: Pair) -> tuple[OptionalTensors, str | None]:
@@ -188,26 +262,10 @@ def _residual(lower: Loss, at: Pair) -> tuple[OptionalTensors, str | None]:
     residual = residual_graph(loss, at.lower)
     if all(r is None for r in residual):
         raise ValueError(
-            "the lower loss does not depend on any lower parameter; are the two closures swapped?"
+            "the lower loss does not depend on any lower parameter; are the two closures swapped, "
+            "or were the layers replaced after the optimizer was built?"
         )
     return residual, graph.custom_function(loss)
-
-
-def first_look(
-    scope: Scope,
-    checked: bool,
-    losses: Losses,
-    at: Pair,
-    names: Sequence[str],
-    lower_is_map: bool,
-    allow_unused: bool,
-    engine: Curvature,
-) -> None:
-    """What the closures use: modules, state of their own and, unless ``checked``, parameters."""
-    with scope.searching():
-        if not checked:
-            check_dependence(losses, at, names, allow_unused, lower_is_map, engine)
-        _check_kept_state(losses, at, scope, called=not checked)
 
 
 def _check_kept_state(losses: Losses, at: Pair, scope: Scope, called: bool) -> None:

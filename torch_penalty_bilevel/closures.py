@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import rules
 from .buffers import BufferGuard
 from .constraints import Inequality
 from .curvature import Curvature, VectorJacobian
@@ -48,10 +49,16 @@ def losses_of(
     """Pure functions where the engine needs them, else live closures."""
     check_callables(upper_closure, lower_closure)
     guard.expect(upper_closure, lower_closure)
+    rules.check(upper_rule, "upper")  # again: schedulers and hands change options in mid run
+    rules.check(lower_rule, "lower", lower_is_map)
     if isinstance(curvature, VectorJacobian):
-        rules = upper_rule, lower_rule
-        return pure(upper_closure, lower_closure, *rules, guard, lower_is_map, inequalities)
-    return live(upper_closure, lower_closure, guard, lower_rule, lower_is_map, inequalities)
+        both = upper_rule, lower_rule
+        losses = pure(upper_closure, lower_closure, *both, guard, lower_is_map, inequalities)
+    else:
+        losses = live(upper_closure, lower_closure, guard, lower_rule, lower_is_map, inequalities)
+    if lower_is_map:
+        return losses
+    return losses._replace(lower=rules.with_decay(losses.lower, lower_rule))
 
 
 def live(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import levels
+from . import levels, rules
 from .scope import Scope
-from .tensors import Pair
+from .tensors import Pair, Tensors
 
 
 class TwoLevelOptimizer(Optimizer):
@@ -29,6 +29,8 @@ class TwoLevelOptimizer(Optimizer):
     lower: Optimizer
     _order: list[str]
     _scope: Scope
+    _adjoint: Tensors
+    """One tensor shaped like each lower parameter, and possibly more."""
     _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order", "_scope")
 
     def _build(
@@ -45,6 +47,8 @@ class TwoLevelOptimizer(Optimizer):
         upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
         lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3, make=make_lower)
         levels.check_disjoint(upper_rule, lower_rule)
+        rules.check(upper_rule, "upper")
+        rules.check(lower_rule, "lower")
         self._join(upper_rule, lower_rule)
 
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
@@ -84,7 +88,8 @@ class TwoLevelOptimizer(Optimizer):
         """Add a group to the level named by its ``"level"`` entry.
 
         Raises:
-            ValueError: no level, an unknown one, or a parameter that some group already holds.
+            ValueError: no level, an unknown one, a parameter that some group already holds, or an
+                option that would change the level's problem.
         """
         level = param_group.get("level")
         if level not in ("upper", "lower"):
@@ -95,7 +100,15 @@ class TwoLevelOptimizer(Optimizer):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         if any(id(p[1] if isinstance(p, tuple) else p) in held for p in group["params"]):
             raise ValueError("a parameter of the new group is already in a group of either level")
-        self._rules()[level].add_param_group(group)
+        rule = self._rules()[level]
+        held_here = levels.named(self.upper, "upper") + levels.named(self.lower, "lower")
+        new = [
+            p if isinstance(p, tuple) else (f"the new group's [{i}]", p)
+            for i, p in enumerate(group["params"])
+        ]
+        levels.check_memory([*held_here, *new])
+        rules.check_group(rule, rule.defaults | group, level, self._lower_is_map())
+        rule.add_param_group(group)
         self._order.append(level)
         self._group_added(level, group["params"])
 
@@ -106,11 +119,27 @@ class TwoLevelOptimizer(Optimizer):
         """The parameters that move, as they are now."""
         upper, lower = levels.parameters(self.upper), levels.parameters(self.lower)
         moving = [tuple(p for p in level if p.requires_grad) for level in (upper, lower)]
+        if not moving[1]:
+            raise ValueError(
+                "every parameter of lower is frozen (requires_grad False), so there is no lower "
+                "problem; thaw some, or train upper by its own optimizer meanwhile"
+            )
+        shapes = [tuple(q.shape) for q in self._adjoint]
+        for i, (name, parameter) in enumerate(levels.named(self.lower, "lower")):
+            if shapes[i : i + 1] != [tuple(parameter.shape)]:
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} is not what its group "
+                    "held when the optimizer was built; add tensors by add_param_group of this "
+                    "optimizer, or build a new one"
+                )
         return Pair(*moving)
 
     def _moving_upper_names(self) -> list[str]:
         named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
         return [name for name, p in named if p.requires_grad]
+
+    def _moving_lower_names(self) -> list[str]:
+        return [name for name, p in levels.named(self.lower, "lower") if p.requires_grad]
 
     def _devices(self) -> list[torch.device]:
         return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
@@ -139,9 +168,30 @@ class TwoLevelOptimizer(Optimizer):
             raise ValueError(
                 f"the checkpoint's groups have levels {saved}, this optimizer's have {here}"
             )
+        for group in state_dict["param_groups"]:
+            rule = self._rules()[group["level"]]
+            rules.check_group(rule, group, group["level"], self._lower_is_map())
+        self._check_shapes(state_dict)
         self._check_own_state(own)
         super().load_state_dict(state_dict)
         self._load_own_state(own)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``ValueError`` for moments of other shapes than the parameters have here."""
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        here = [p for group in self.param_groups for p in group["params"]]
+        for position, (number, parameter) in enumerate(zip(numbers, here, strict=False)):
+            for key, value in state_dict["state"].get(number, {}).items():
+                is_like = isinstance(value, Tensor) and value.dim() == parameter.dim()
+                if is_like and key not in ("row_var", "col_var") and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the checkpoint's {key!r} of parameter {position} has shape "
+                        f"{tuple(value.shape)}, the parameter here {tuple(parameter.shape)}; "
+                        "nothing was changed (another number of samples?)"
+                    )
+
+    def _lower_is_map(self) -> bool:
+        raise NotImplementedError
 
     def _own_state(self) -> dict[str, Any]:
         raise NotImplementedError

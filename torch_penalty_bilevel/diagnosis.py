@@ -86,9 +86,10 @@ def _about_curvature(report: HypergradientReport, context: Context) -> Iterator[
         yield Finding(
             "engine",
             f"two ways to differentiate g twice differ by {report.engine_difference:.1e} of their "
-            "size: kinks (ReLU, max) near this point, a gradient that its graph does not explain (a "
-            "hook, a custom backward, values under no_grad or detach), or rounding; what v re-solved "
-            "says decides; compare curvature='double_backward' and 'finite_difference', try float64",
+            "size: kinks (ReLU, max) near this point, a gradient that its graph does not explain "
+            "(a hook, a custom backward, values under no_grad or detach), or rounding; what v "
+            "re-solved says decides; compare curvature='double_backward' and 'finite_difference', "
+            "try float64",
         )
 
 

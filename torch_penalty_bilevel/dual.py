@@ -40,8 +40,11 @@ class DualState(NamedTuple):
             moments=tuple(itertools.compress(self.moments, moving)),
         )
 
-    def merged(self, part: DualState, moving: Sequence[bool]) -> DualState:
-        """``part`` where parameters move, this state where they do not."""
+    def merged(self, part: DualState, moving: Sequence[bool], lower: Sequence[Tensor]) -> DualState:
+        """``part`` where the parameters ``lower`` move, this state where they do not.
+
+        There z is v itself, not a copy of what it was: whenever v thaws, z starts from it.
+        """
         if all(moving):
             return part
 
@@ -52,7 +55,7 @@ class DualState(NamedTuple):
         return part._replace(
             multiplier=fill(self.multiplier, part.multiplier),
             probe=fill(self.probe, part.probe),
-            tracker=fill(self.tracker, part.tracker),
+            tracker=fill(tuple(v.detach() for v in lower) if self.tracker else (), part.tracker),
             moments=fill(self.moments, part.moments),
         )
 

@@ -13,6 +13,9 @@ from .errors import NonFiniteError
 from .faces import Faces
 from .tensors import OptionalTensors, Tensors, norms
 
+_RESIDUAL, _PULL = "residual grad_v g", "tracker residual grad_v g(u, z)"
+_SLOPE, _PRODUCT = "upper slope grad_v f", "second-order product H q"
+
 
 class Evaluation(NamedTuple):
     """Everything one step needs, at one point (u, v) and for one adjoint estimate q."""
@@ -66,6 +69,17 @@ class Norms(NamedTuple):
     """NaN where only v was about to move."""
     curvature: float
     """<q, H q>, which has a sign; 0 where nothing asked for it."""
+    silent: tuple[bool, ...] = ()
+    """For each lower tensor: are r, grad_v f and H q exactly zero, as where no loss uses it?"""
+
+    def heard(self, gradients: Tensors) -> OptionalTensors:
+        """None in the place of silent ones, so that the rule's momentum and decay wait too.
+
+        As in torch, where the gradient of a tensor that a loss does not use is None. Double
+        backward and torch.func say zero instead, and another worker's loss may use it.
+        """
+        pairs = zip(gradients, self.silent, strict=True)
+        return tuple(None if is_silent else g for g, is_silent in pairs)
 
 
 def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
@@ -89,11 +103,11 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
             "upper loss f": (evaluation.upper_loss,),
             "lower loss g": (evaluation.lower_loss,),
             "adjoint nu + gamma r": evaluation.adjoint,
-            "residual grad_v g": evaluation.residual,
+            _RESIDUAL: evaluation.residual,
             "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
-            "tracker residual grad_v g(u, z)": evaluation.tracker_residual,
-            "upper slope grad_v f": evaluation.slope_norms,
-            "second-order product H q": evaluation.product_norms,
+            _PULL: evaluation.tracker_residual,
+            _SLOPE: evaluation.slope_norms,
+            _PRODUCT: evaluation.product_norms,
             "adjoint residual grad_v f + H q": evaluation.adjoint_residual,
             "curvature probe H p": evaluation.probe_product,
             "curvature <q, H q>": evaluation.curvature_terms,
@@ -113,7 +127,22 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         totals.values()
     )
     upper_grad = math.hypot(*parts) if names else math.nan
-    return Norms(adjoint, residual, adjoint_residual, slope, product, probe, upper_grad, curvature)
+    return Norms(
+        adjoint,
+        residual,
+        adjoint_residual,
+        slope,
+        product,
+        probe,
+        upper_grad,
+        curvature,
+        silent=_silent(numbers),
+    )
+
+
+def _silent(numbers: dict[str, list[float]]) -> tuple[bool, ...]:
+    vectors = [numbers[label] for label in (_RESIDUAL, _SLOPE, _PRODUCT, _PULL) if numbers[label]]
+    return tuple(not any(lengths) for lengths in zip(*vectors, strict=True))
 
 
 def _on_host(blocks: dict[str, Tensors]) -> dict[str, list[float]]:

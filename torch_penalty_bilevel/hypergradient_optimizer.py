@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import closures, levels
+from . import closures, levels, rows, rules
 from . import curvature as engines
-from .checks import first_look, raise_unused
+from .checks import DependenceWatch, raise_unused
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .errors import NonFiniteError
@@ -113,7 +113,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         "_adjoint",
         "_first_lower",
         "_counts",
-        "_dependence_checked",
+        "_dependence",
     )
 
     def __init__(
@@ -163,9 +163,10 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._adjoint = zeros_for(levels.parameters(self.lower))
         self._first_lower: Tensors = ()
         self._counts = {"steps": 0, "gradient_evaluations": 0}
-        self._dependence_checked = False
+        self._dependence = DependenceWatch()
         if self.lower_is_map:
             check_serves_maps(self.curvature)
+        rules.check(self.lower, "lower", self.lower_is_map)
 
     def step(  # type: ignore[override]
         self, upper_closure: Closure, lower_closure: Closure
@@ -195,9 +196,9 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         engine = engines.packed(self.curvature)
         try:
             with all_or_nothing([self.lower], self._devices(), self._scope) as guard:
-                both, rules = (upper_closure, lower_closure), (self.upper, self.lower)
+                both = upper_closure, lower_closure, self.upper, self.lower
                 is_map = self.lower_is_map
-                return self._step(closures.losses_of(self.curvature, *both, *rules, guard, is_map))
+                return self._step(closures.losses_of(self.curvature, *both, guard, is_map))
         except BaseException:
             self._adjoint, self._first_lower, self.metrics, self._counts = before
             engines.unpack(self.curvature, engine)
@@ -210,10 +211,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
-        if not self._dependence_checked or self._scope.is_new:
-            checked, options = self._dependence_checked, (self.allow_unused, self.curvature)
-            first_look(self._scope, checked, losses, point, names, self.lower_is_map, *options)
-            self._dependence_checked = True
+        how = self._scope, self.allow_unused, self.lower_is_map, self.curvature
+        self._dependence.look(losses, point, names, self._moving_lower_names(), *how)
         place = f"in step {number + 1}; nothing was changed"
         is_map, engine = self.lower_is_map, self.curvature
         problem = Problem(
@@ -234,12 +233,14 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         measured = measure(evaluation, names, number + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
+            self._dependence.due = True  # is it the lower level that nothing depends on?
+            self._dependence.look(losses, point, names, [], *how)
             raise_unused(unused, direct_only=self.method == "alternating")
+        self._dependence.listen(measured.silent)
         self._record(evaluation, measured)
-        for parameter, gradient in zip(point.upper, evaluation.upper_grad, strict=True):
-            parameter.grad = gradient
+        levels.give(self.upper, evaluation.upper_grad)
         with evaluation.upper_face.retracting(point.upper):
-            levels.step_touched_rows(self.upper)
+            rows.step_touched_rows(self.upper)
         return evaluation.upper_loss
 
     # The adjoint.
@@ -276,7 +277,10 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         if level == "lower":
             self._adjoint += zeros_for(parameters)
             self._first_lower += clones(parameters) if self._first_lower else ()
-        self._dependence_checked = False
+        self._dependence.due = True
+
+    def _lower_is_map(self) -> bool:
+        return self.lower_is_map
 
     def _own_state(self) -> dict[str, Any]:
         return {

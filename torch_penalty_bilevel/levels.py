@@ -1,13 +1,15 @@
-"""The two levels as ordinary torch optimizers: building, naming, stepping by rows."""
+"""The two levels as ordinary torch optimizers: building, naming, giving gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .memory import overlapping
 
 Level: TypeAlias = Literal["upper", "lower"]
 Parameters: TypeAlias = (
@@ -67,13 +69,29 @@ def names(optimizer: Optimizer, level: Level) -> list[str]:
     return found
 
 
+def give(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
+    """Hand each parameter that moves its gradient, and none to the others.
+
+    A frozen parameter would otherwise go on moving with the last gradient it had.
+
+    Args:
+        optimizer: the rule.
+        gradients: one for each parameter that moves; more are not looked at. None: the rule leaves
+            the parameter and its moments alone.
+    """
+    fresh = iter(gradients)
+    for parameter in parameters(optimizer):
+        gradient = next(fresh) if parameter.requires_grad else None
+        parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+
+
 def are_named(optimizer: Optimizer) -> bool:
     """Were the parameters given as (name, tensor) pairs?"""
     return all("param_names" in group for group in optimizer.param_groups)
 
 
 def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
-    """Raise if one tensor sits in both levels."""
+    """Raise if one tensor, or its memory, sits in both levels, or memory twice in one."""
     below = {id(p) for p in parameters(lower)}
     for name, parameter in zip(names(upper, "upper"), parameters(upper), strict=True):
         if id(parameter) in below:
@@ -81,6 +99,24 @@ def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
                 f"parameter {name!r} of shape {tuple(parameter.shape)} is in both levels; "
                 "give it to the level that should move it"
             )
+    check_memory(named(upper, "upper") + named(lower, "lower"))
+
+
+def named(optimizer: Optimizer, level: Level) -> list[tuple[str, Tensor]]:
+    """All parameters of a rule with their names."""
+    return list(zip(names(optimizer, level), parameters(optimizer), strict=True))
+
+
+def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ``ValueError`` if two of these parameters share memory, naming both."""
+    pair = overlapping([parameter for _, parameter in named])
+    if pair is not None:
+        (one, _), (other, parameter) = (named[i] for i in pair)
+        raise ValueError(
+            f"parameters {one!r} and {other!r} (of shape {tuple(parameter.shape)}) share memory, "
+            "so that moving one moves the other; detach(), .data and state_dict() do not copy: "
+            "make one of them with p.detach().clone().requires_grad_()"
+        )
 
 
 def _as_list(argument: Any, level: Level) -> list[Any]:
@@ -127,41 +163,3 @@ def _check_rule(optimizer: Optimizer, level: Level) -> None:
                 f"parameter {name!r} of {level} has dtype {parameter.dtype}; "
                 "bilevel optimisation needs real floating-point parameters"
             )
-
-
-@torch.no_grad()
-def step_touched_rows(optimizer: Optimizer) -> None:
-    """``optimizer.step()``, except on rows that had no gradient: they and their moments stay.
-
-    A row is an entry along the first dimension: one sample's weight, one poison image, one
-    embedding. A row whose gradient is exactly zero was not in the batch; dense Adam would
-    still move it by its momentum and let its moments fade.
-    """
-    kept = [(p, _absent_rows(p)) for p in parameters(optimizer)]
-    saved = [(p, rows, p.clone(), _row_state(optimizer, p)) for p, rows in kept if rows is not None]
-    optimizer.step()
-    for parameter, rows, before, state in saved:
-        parameter.copy_(torch.where(rows, before, parameter))
-        after = optimizer.state[parameter]
-        for key, old in state.items():
-            after[key].copy_(torch.where(rows, old, after[key]))
-
-
-def _absent_rows(parameter: Tensor) -> Tensor | None:
-    """Mask (broadcastable over the tensor) of zero-gradient rows; None where all rows count."""
-    gradient = parameter.grad
-    if gradient is None or gradient.layout != torch.strided or gradient.dim() == 0:
-        return None
-    absent = (gradient == 0).flatten(1).all(1) if gradient.dim() > 1 else gradient == 0
-    if not bool(absent.any()):
-        return None
-    return absent.reshape(-1, *[1] * (gradient.dim() - 1))
-
-
-def _row_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    state = optimizer.state.get(parameter, {})
-    return {
-        key: value.clone()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }

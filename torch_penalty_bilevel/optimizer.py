@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import closures, levels, penalties, self_check
+from . import closures, levels, penalties, rows, rules, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
-from .checks import check_count, first_look, raise_unused, zeros_in_a_row
+from .checks import DependenceWatch, check_count, raise_unused, zeros_in_a_row
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
@@ -106,7 +106,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         "_dual",
         "_adjoint",
         "_counts",
-        "_dependence_checked",
+        "_dependence",
         "_zeros_in_a_row",
     )
 
@@ -141,9 +141,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._seen: tuple[Tensor, Tensor, Norms, dict[str, float], int] | None = None
         self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
+        rules.check(self.lower, "lower", self._lower_is_map())
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
-        self._dependence_checked = False
+        self._dependence = DependenceWatch()
         self._zeros_in_a_row = 0
 
     def step(  # type: ignore[override]
@@ -269,15 +270,14 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         direction, advanced = rule.lower_update(dual, evaluation, norms)
         lower = self._point().lower
         if advanced.tracker:
-            pull = evaluation.tracker_residual
+            pull = norms.heard(evaluation.tracker_residual)
             tracker, moments = stepped(self.lower, lower, advanced.tracker, pull, advanced.moments)
             advanced = advanced._replace(tracker=tracker, moments=moments)
-        for parameter, gradient in zip(lower, direction, strict=False):
-            parameter.grad = gradient.to(parameter.dtype)
+        levels.give(self.lower, norms.heard(direction))
         with evaluation.lower_face.retracting(lower):
-            self.lower.step()
+            rules.step_without_decay(self.lower)
         advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)
-        self._dual = self._dual.merged(advanced, moving)
+        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
 
@@ -290,15 +290,14 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
         point = self._point().upper
-        for parameter, gradient in zip(point, evaluation.upper_grad, strict=True):
-            parameter.grad = gradient
+        levels.give(self.upper, evaluation.upper_grad)
         if not hold:
             with evaluation.upper_face.retracting(point):
-                levels.step_touched_rows(self.upper)
+                rows.step_touched_rows(self.upper)
             self._sets.upper.ascend(evaluation.upper_values)
         moving = self._moving_lower()
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
-        self._dual = self._dual.merged(advanced, moving)
+        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
         self._counts["steps"] += 1
 
     # One evaluation.
@@ -325,10 +324,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._dual = self._sets.start(losses, at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
-        if not self._dependence_checked or self._scope.is_new:
-            checked, options = self._dependence_checked, (self.allow_unused, self.curvature)
-            first_look(self._scope, checked, losses, at, names, self.penalty.lower_is_map, *options)
-            self._dependence_checked = True
+        how = self._scope, self.allow_unused, self.penalty.lower_is_map, self.curvature
+        self._dependence.look(losses, at, names, self._moving_lower_names(), *how)
         if not for_upper and engines.reads_live(self.curvature):
             at, names = Pair((), at.lower), []
         at = engines.engine_point(self.curvature, at)
@@ -339,7 +336,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         engines.observe(self.curvature, norms.adjoint_residual, norms.slope)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
+            self._dependence.due = True  # is it the lower level that nothing depends on?
+            self._dependence.look(losses, at, names, [], *how)
             raise_unused(unused)
+        self._dependence.listen(norms.silent)
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
             self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
@@ -349,11 +349,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         return evaluation, norms
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
-        is_map, rules = self.penalty.lower_is_map, (self.upper, self.lower)
-        losses = closures.losses_of(
-            self.curvature, upper, lower, *rules, guard, is_map, self._sets.inequalities
-        )
-        return self._sets.applied(losses)
+        rest = self.upper, self.lower, guard, self._lower_is_map(), self._sets.inequalities
+        return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
 
     def _moving_lower(self) -> list[bool]:
         moving = [p.requires_grad for p in levels.parameters(self.lower)]
@@ -372,7 +369,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             end = len(self._adjoint) - len(self._sets.lower.multipliers)
             self._dual = self._dual.extended(parameters, end)
             self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
-        self._dependence_checked = False
+        self._dependence.due = True
+
+    def _lower_is_map(self) -> bool:
+        return self.penalty.lower_is_map
 
     def _own_state(self) -> dict[str, Any]:
         return {

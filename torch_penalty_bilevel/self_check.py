@@ -123,7 +123,9 @@ def _compare(subject: Subject, options: Options, repeats: Repeats) -> Hypergradi
         cancellation=cancellation,
         damping=options.damping,
         message=exact.solution.message,
-        unused=tuple(n for n, *uses in zip(subject.names, *depends, strict=True) if not any(uses)),
+        unused=tuple(
+            n for n, *uses in zip(subject.names, *depends[:2], strict=True) if not any(uses)
+        ),
     )
     return diagnosed(report, context)
 

@@ -21,7 +21,7 @@ import problems
 import torch
 from tqdm import tqdm
 
-from torch_penalty_bilevel import PenaltyBilevelOptimizer, buffers, levels, transaction
+from torch_penalty_bilevel import PenaltyBilevelOptimizer, buffers, rows, transaction
 
 Parts = tuple[tuple[Any, str, Any], ...]
 
@@ -48,7 +48,7 @@ GUARD: Parts = ((buffers.BufferGuard, "evaluation", _unguarded),)
 # torch wraps step for profiler and hooks when the first optimizer is made; here it is still bare.
 # The two rules inside have wrappers of their own.
 WRAPPER: Parts = ((PenaltyBilevelOptimizer, "step", PenaltyBilevelOptimizer.step),)
-ROWS: Parts = ((levels, "step_touched_rows", _all_rows),)
+ROWS: Parts = ((rows, "step_touched_rows", _all_rows),)
 WITHOUT: dict[str, Parts] = {
     "nothing left out": (),
     "state of the random generators": GENERATORS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -144,7 +145,11 @@ def steadied(
     smaller step of that pair. Kinks keep all of them apart.
 
     Args:
-        differences, loss, at, direction, random: as in ``weigh``.
+        differences: the engine in use.
+        loss: g.
+        at: (u, v).
+        direction: q, not zero.
+        random: the generators as they were when r was found.
     """
     step, spread = _closest(_products(differences, loss, at, direction, random))
     differences.relative_step = step
@@ -174,8 +179,7 @@ def _closest(found: dict[float, OptionalPair]) -> tuple[float, float]:
     """Of neighbouring steps, the smaller of the pair that differs least, and by how much."""
     steps = list(found)
     gaps = {
-        small: _error_of(found[small], found[large])
-        for small, large in zip(steps, steps[1:], strict=False)
+        small: _error_of(found[small], found[large]) for small, large in itertools.pairwise(steps)
     }
     return min(gaps.items(), key=lambda item: item[1])
 

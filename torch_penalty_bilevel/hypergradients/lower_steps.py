@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.optim import Optimizer
 
-from ..levels import parameters
+from ..levels import give, parameters
 from ..randomness import RandomState
+from ..rules import step_without_decay
 from ..tensors import Tensors, clones
 from .problem import Problem
 from .unrolled import Visit
@@ -32,10 +33,11 @@ def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -
         loss, residual = problem.residual()
         if left <= kept:
             visits.append(Visit(clones(lower), learning_rates(rule), loss, random))
-        for parameter, gradient in zip(lower, residual, strict=True):
-            # A copy where it is needed afterwards: hooks change gradients in place.
-            parameter.grad = gradient.to(parameter.dtype, copy=left <= kept)
-        rule.step()
+        # Copies where they are needed afterwards: hooks change gradients in place.
+        gradients = clones(residual) if left <= kept else residual
+        silent = zip(gradients, problem.silent, strict=True)
+        give(rule, [None if is_silent else gradient for gradient, is_silent in silent])
+        step_without_decay(rule)
         if left <= kept:
             visits[-1].check_step(lower, residual)
     return visits
@@ -49,7 +51,8 @@ def learning_rates(rule: Optimizer) -> tuple[float, ...]:
 
 @torch.no_grad()
 def restart(rule: Optimizer, first: Tensors) -> None:
-    """Parameters back to ``first``, with a rule that remembers nothing."""
+    """Parameters that move back to ``first``, with a rule that remembers nothing of them."""
     for parameter, value in zip(parameters(rule), first, strict=True):
-        parameter.copy_(value)
-        rule.state.pop(parameter, None)
+        if parameter.requires_grad:
+            parameter.copy_(value)
+            rule.state.pop(parameter, None)

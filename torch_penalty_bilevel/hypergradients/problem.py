@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class Problem:
         self.lower_is_map, self.reduce, self.place = lower_is_map, reduce, place
         self.evaluations = 0
         """Gradients of f and g, evaluations of Phi and products so far."""
+        self.silent: tuple[bool, ...] = ()
+        """Which tensors of the last r were exactly zero, as where g does not use the parameter."""
 
     def upper(self) -> Upper:
         """The upper level here; raises ``NonFiniteError``."""
@@ -128,18 +131,21 @@ class Problem:
 
     def _require_finite_lower(self, loss: Tensor, residual: Tensors) -> None:
         if self.lower_is_map:
-            self._require_finite({"residual v - Phi(u, v)": residual})
+            sizes = self._require_finite({"residual v - Phi(u, v)": residual})
         else:
-            self._require_finite({"lower loss": (loss,), "residual grad_v g": residual})
+            sizes = self._require_finite({"lower loss": (loss,), "residual grad_v g": residual})
+        self.silent = tuple(size == 0 for size in sizes[-len(residual) :])
 
-    def _require_finite(self, blocks: dict[str, Tensors]) -> None:
-        """Raise ``NonFiniteError`` naming the block; waits for the device once if all is well."""
+    def _require_finite(self, blocks: dict[str, Tensors]) -> list[float]:
+        """The norms; raises ``NonFiniteError`` naming the block, and waits for the device once."""
         sizes = norms([t for block in blocks.values() for t in block])
-        if bool(torch.stack([s.to(sizes[0].device) for s in sizes]).isfinite().all()):
-            return
+        lengths: list[float] = torch.stack([s.to(sizes[0].device) for s in sizes]).tolist()
+        if all(math.isfinite(length) for length in lengths):
+            return lengths
         for label, block in blocks.items():  # the norm of finite numbers may overflow
             if not all(bool(dense(t).isfinite().all()) for t in block):
                 raise NonFiniteError(f"hypergradient: {label} is not finite {self.place}")
+        return lengths
 
     def _point(self) -> Pair:
         return engine_point(self.engine, self.at)

@@ -41,8 +41,7 @@ class Visit(NamedTuple):
             if not bool(((v.detach() - expected).abs() <= slack).all()):
                 raise ValueError(
                     'method="reverse" goes back through v <- v - lr r, but the lower rule moved v '
-                    "otherwise; use torch.optim.SGD without momentum, weight decay or hooks that "
-                    "change gradients (weight decay belongs in the lower loss)"
+                    "otherwise; use torch.optim.SGD without momentum or hooks that change gradients"
                 )
 
 

@@ -1,0 +1,89 @@
+"""Changes to the code that nothing else notices: each has its test here."""
+
+import copy
+
+import pytest
+import torch
+from tasks import Task
+
+from torch_penalty_bilevel import NonFiniteError, PenaltyBilevelOptimizer
+
+
+def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_changes():
+    saved = copy.deepcopy(Task().run(2).optimizer.state_dict())
+    u, task = torch.zeros(5, requires_grad=True), Task()
+    optimizer = PenaltyBilevelOptimizer([u], task.net.parameters())
+    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 0 has shape \(8,\).*\(5,\)"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
+def test_options_that_a_hook_changed_are_put_back_when_the_step_fails():
+    task = Task(lower_steps=2).run(1)
+    rate, calls = task.optimizer.lower.param_groups[0]["lr"], []
+
+    def halve(rule, *_):
+        rule.param_groups[0]["lr"] *= 0.5
+
+    def lower():
+        calls.append(1)
+        return task.lower() * (float("nan") if len(calls) == 2 else 1.0)
+
+    task.optimizer.lower.register_step_pre_hook(halve)
+    with pytest.raises(NonFiniteError):
+        task.optimizer.step(task.upper, lower)
+    assert task.optimizer.lower.param_groups[0]["lr"] == rate
+
+
+def test_the_tracker_of_a_group_added_later_starts_at_v():
+    task = Task(penalty="value").run(2)
+    late = torch.tensor([3.0, -2.0], requires_grad=True)
+    task.optimizer.add_param_group({"params": [late], "level": "lower"})
+    assert torch.equal(task.optimizer.state_dict()["bilevel"]["tracker"][-1], late.detach())
+
+
+def test_an_exception_late_in_a_step_leaves_the_moments_of_the_tracker():
+    task = Task(penalty="value", lower_steps=2).run(2)
+    before = copy.deepcopy(task.optimizer.state_dict()["bilevel"]["moments"])
+    calls = []
+
+    def lower():
+        calls.append(1)
+        return task.lower() * (float("nan") if len(calls) > 2 else 1.0)
+
+    with pytest.raises(NonFiniteError):
+        task.optimizer.step(task.upper, lower)
+    after = task.optimizer.state_dict()["bilevel"]["moments"]
+    for old, new in zip(before, after, strict=True):
+        assert all(torch.equal(torch.as_tensor(old[k]), torch.as_tensor(new[k])) for k in old)
+
+
+def test_a_map_given_as_a_dict_goes_by_label_not_by_order():
+    ends = []
+    for turned in (False, True):
+        u = torch.tensor([0.5], requires_grad=True)
+        a, b = (torch.zeros(1, requires_grad=True) for _ in range(2))
+        optimizer = PenaltyBilevelOptimizer(
+            [u], [("a", a), ("b", b)], penalty="fixed_point", lower_lr=0.1
+        )
+
+        def phi(u=u, a=a, b=b, turned=turned):
+            entries = {"a": 0.5 * a + u, "b": 0.2 * b - u}
+            return dict(reversed(entries.items())) if turned else entries
+
+        for _ in range(3):
+            optimizer.step(lambda a=a, b=b: ((a - 1) ** 2 + b**2).sum(), phi)
+        ends.append(torch.cat([u, a, b]).detach())
+    assert torch.equal(*ends)
+    assert ends[0][1] > 0 > ends[0][2]
+
+
+def test_a_group_tensor_replaced_by_one_of_another_length_is_named():
+    for change in (
+        lambda held: held.__setitem__(0, torch.zeros(7, requires_grad=True)),
+        lambda held: held.append(torch.zeros(7, requires_grad=True)),
+    ):
+        task = Task().run(1)
+        change(task.optimizer.lower.param_groups[0]["params"])
+        with pytest.raises(ValueError, match=r"of shape \(7,\) is not what its group held"):
+            task.run(1)
