@@ -334,7 +334,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        evaluation = self._sets.upper.restricted(evaluation, at, losses.upper_values, self.reduce)
+        evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
         if unused and not self.allow_unused:
