@@ -168,6 +168,7 @@ LAYERS = {
         "tensors",
     },
     "checks": {"curvature", "errors", "graph", "penalties", "randomness", "tensors"},
+    "first_look": {"curvature", "errors", "penalties", "randomness", "tensors"},
     "hypergradients": {
         "checks",
         "curvature",
@@ -218,6 +219,7 @@ LAYERS = {
         "composite",
         "curvature",
         "evaluation",
+        "first_look",
         "levels",
         "metrics",
         "penalties",

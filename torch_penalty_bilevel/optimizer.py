@@ -17,6 +17,7 @@ from .checks import check_count, check_dependence, raise_unused, zeros_in_a_row
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
+from .first_look import FirstLook
 from .levels import Parameters
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
@@ -155,7 +156,15 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
         step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
         the one that serves u is differentiated with respect to u. BatchNorm statistics move once
-        per call. The first call evaluates both losses once more, to see what they depend on.
+        per call.
+
+        An evaluation calls each closure once, and g again with the same random numbers for every
+        gradient of a ``"finite_difference"``, for the second point of ``"value"`` and where
+        ``"auto"`` compares engines. The first call repeats closures only where the engine is
+        ``"finite_difference"`` or ``"functional"`` or a lower ``Inequality`` has to show its shape.
+        So a closure may draw its own batch, next(loader), with ``"double_backward"``, and, but for
+        the batches that comparisons take, with ``"auto"``: every evaluation is then one of another
+        batch. Where g is repeated draw the batch outside.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
@@ -168,6 +177,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             NonFiniteError: a loss, residual or gradient is not finite. As after any exception
                 but one raised by the rules' own step hooks, parameters, buffers, random generators
                 and state are as before the call.
+            NondeterministicClosureError: g was repeated and returned something else.
             UnusedParameterError: no loss depends on an upper parameter.
             DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
         """
@@ -327,7 +337,10 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         at = self._sets.extended(at)
         if not self._dependence_checked:
             engine, is_map = self.curvature, self.penalty.lower_is_map
+            look = FirstLook(losses, at, engine)
+            losses = look.losses
             check_dependence(losses, at, names, self.allow_unused, is_map, engine)
+            look.open()
             self._dependence_checked = True
         if not for_upper and engines.reads_live(self.curvature):
             at, names = Pair((), at.lower), []
