@@ -32,7 +32,7 @@ def constrained_task(**options):
 
 def all_state(task):
     flat = {"point": task.point(), "rng": torch.get_rng_state()}
-    own = task.optimizer.state_dict()["bilevel"]
+    own = task.optimizer._own_state()
     for key in ("multiplier", "probe", "adjoint"):
         flat |= {f"{key}{i}": t.clone() for i, t in enumerate(own[key])}
     for level, tensors in own["inequalities"].items():

@@ -73,7 +73,8 @@ def test_optimizer_signature():
     }
     for half in ("step", "lower_step", "upper_step"):
         signature = inspect.signature(getattr(tpb.PenaltyBilevelOptimizer, half))
-        assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
+        both = ["upper_closure", "lower_closure"]
+        assert list(signature.parameters)[1:] == both + ["closure"] * (half == "step")
 
 
 def test_hypergradient_optimizer_signature():
@@ -84,7 +85,7 @@ def test_hypergradient_optimizer_signature():
     defaults |= {"curvature": "auto", "allow_unused": False}
     assert {k: v for k, v in options.items() if v is not None} == defaults
     signature = inspect.signature(tpb.HypergradientOptimizer.step)
-    assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
+    assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure", "closure"]
 
 
 def test_functional_signatures():
@@ -128,7 +129,8 @@ LAYERS = {
     "buffers": set(),
     "graph": set(),
     "levels": set(),
-    "composite": {"levels", "tensors"},
+    "checkpoint": set(),
+    "composite": {"checkpoint", "levels", "tensors"},
     "in_place": {"tensors"},
     "moments": set(),
     "borrowed": {"in_place", "levels", "moments", "tensors"},
@@ -211,16 +213,26 @@ LAYERS = {
         "tensors",
     },
     "solve": {"constraints", "curvature", "errors", "graph", "linear_solve", "pytrees"},
+    "memory": {
+        "composite",
+        "curvature",
+        "dual",
+        "levels",
+        "moments",
+        "penalties",
+        "restrictions",
+        "tensors",
+    },
     "optimizer": {
         "borrowed",
         "buffers",
         "checks",
         "closures",
-        "composite",
         "curvature",
         "evaluation",
         "first_look",
         "levels",
+        "memory",
         "metrics",
         "penalties",
         "report",

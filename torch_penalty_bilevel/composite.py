@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import levels
+from . import checkpoint, levels
 from .tensors import Pair
 
 
@@ -27,7 +27,12 @@ class TwoLevelOptimizer(Optimizer):
     upper: Optimizer
     lower: Optimizer
     _order: list[str]
+    _counts: dict[str, int]
     _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order")
+    _shared: ClassVar[tuple[str, ...]] = ()
+    """Names in ``_own_state`` of lists with an entry per lower parameter, or empty."""
+    _is_complete = False
+    """Has something other than a step given the state all its entries?"""
 
     def _build(
         self,
@@ -70,12 +75,42 @@ class TwoLevelOptimizer(Optimizer):
                 levels.mark(group, level)  # type: ignore[arg-type]
                 self._order.append(level)
                 groups.append(group)
+        # Torch's tools load into what a live group has.
+        self.lower.param_groups[0].setdefault(checkpoint.GROUP, {})
         return groups
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The state of all parameters: a new mapping onto the rules' own entries."""
-        return defaultdict(dict, {**self.upper.state, **self.lower.state})
+        """The state of all parameters: a new mapping onto the rules' own entries.
+
+        Those of lower parameters have the multiplier and whatever else is kept for each beside
+        them. Empty where the rules have none yet: torch's checkpoint tools then ask for it.
+        """
+        held = {**self.upper.state, **self.lower.state}
+        begun = self._is_complete or self._counts["gradient_evaluations"] > 0
+        if not begun and not (self.upper.state and self.lower.state):
+            return defaultdict(dict)
+        lower = levels.parameters(self.lower)
+        entries, _ = checkpoint.spread(self._own_state(), self._shared, len(lower))
+        held |= {p: {**held.get(p, {}), **e} for p, e in zip(lower, entries, strict=True)}
+        for parameter in levels.parameters(self.upper):
+            held[parameter] = held.get(parameter) or {checkpoint.STATELESS: 1}
+        return defaultdict(dict, held)
+
+    def _completes_state(self) -> bool:
+        """Give every parameter its entries, if torch's checkpoint tools ask for it.
+
+        They call ``step`` without closures, with zero gradients and learning rates, on an optimizer
+        without state, so that there is something to load into.
+        """
+        grads = [p.grad for p in (*self._point().upper, *self._point().lower)]
+        fresh = not self.state and all(g is not None and not bool(g.any()) for g in grads)
+        if not fresh or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        for rule in self._rules().values():
+            rule.step()
+        self._is_complete = True
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the level named by its ``"level"`` entry.
@@ -115,17 +150,44 @@ class TwoLevelOptimizer(Optimizer):
     # Checkpoints, pickle, deepcopy.
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's ``{"state", "param_groups"}`` plus ``"bilevel"``; tensors are not copied."""
-        return super().state_dict() | {"bilevel": self._own_state()}
+        """Torch's ``{"state", "param_groups"}``; tensors are not copied.
+
+        What is remembered for each lower parameter is in its entry of ``state``, the rest in the
+        first lower group, so ``torch.distributed.checkpoint`` and what it flattens keep all of it.
+        """
+        count, complete = len(levels.parameters(self.lower)), self._is_complete
+        _, rest = checkpoint.spread(self._own_state(), self._shared, count)
+        group = self.lower.param_groups[0]
+        group[checkpoint.GROUP], self._is_complete = rest, True
+        try:
+            return super().state_dict()
+        finally:
+            group[checkpoint.GROUP], self._is_complete = {}, complete
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken: the next step is bit-equal.
 
+        Checkpoints of the earlier format, with an entry ``"bilevel"`` beside the others, load too.
+
         Raises:
             ValueError: the checkpoint does not fit; nothing was changed.
         """
-        own = state_dict.get("bilevel")
-        if own is None:
+        own = self._gathered(state_dict)
+        self._check_own_state(own)
+        groups = [
+            {k: v for k, v in group.items() if k != checkpoint.GROUP}
+            for group in state_dict["param_groups"]
+        ]
+        state = checkpoint.without(state_dict["state"])
+        super().load_state_dict({"state": state, "param_groups": groups})
+        self._load_own_state(own)
+        self._is_complete = True
+
+    def _gathered(self, state_dict: dict[str, Any]) -> checkpoint.Memory:
+        groups = [g for g in state_dict["param_groups"] if g.get("level") == "lower"]
+        old = state_dict.get("bilevel")
+        rest = old or next((g[checkpoint.GROUP] for g in groups if g.get(checkpoint.GROUP)), None)
+        if rest is None:
             raise ValueError(
                 f"not a state dict of {type(self).__name__}: it has no 'bilevel' entry (a state "
                 "dict of one level? load it into optimizer.upper or optimizer.lower)"
@@ -136,9 +198,20 @@ class TwoLevelOptimizer(Optimizer):
             raise ValueError(
                 f"the checkpoint's groups have levels {saved}, this optimizer's have {here}"
             )
-        self._check_own_state(own)
-        super().load_state_dict(state_dict)
-        self._load_own_state(own)
+        if old:
+            return old
+        lower = levels.parameters(self.lower)
+        own, _ = checkpoint.spread(self._own_state(), self._shared, len(lower))
+        keys = [key for group in groups for key in group["params"]]
+        if len(keys) != len(lower):
+            raise ValueError(
+                f"the checkpoint has {len(keys)} lower parameters, this optimizer {len(lower)}"
+            )
+        entries = [
+            state_dict["state"].get(key, None if not p.requires_grad else {})
+            for key, p in zip(keys, lower, strict=True)
+        ]
+        return checkpoint.gathered(entries, rest, own)
 
     def _own_state(self) -> dict[str, Any]:
         raise NotImplementedError

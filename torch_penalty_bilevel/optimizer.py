@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,23 +15,23 @@ from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
 from .checks import check_count, check_dependence, raise_unused, zeros_in_a_row
-from .composite import TwoLevelOptimizer
+from .closures import Closure, Closures
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
 from .first_look import FirstLook
 from .levels import Parameters
+from .memory import RemembersDual
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
-from .tensors import Pair, Tensors, clones, placed, zeros_for
+from .tensors import Pair
 from .transaction import all_or_nothing, rehearsal
 
-Closure: TypeAlias = Callable[..., Tensor]
 Evaluate: TypeAlias = Callable[[bool], tuple[Evaluation, Norms]]
 
 
-class PenaltyBilevelOptimizer(TwoLevelOptimizer):
+class PenaltyBilevelOptimizer(RemembersDual):
     r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
 
     The lower problem is replaced by its stationarity and the violation is penalised, with a
@@ -95,7 +96,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     """
 
     _fields = (
-        *TwoLevelOptimizer._fields,
+        *RemembersDual._fields,
         "lower_steps",
         "warmup_steps",
         "penalty",
@@ -148,7 +149,11 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._zeros_in_a_row = 0
 
     def step(  # type: ignore[override]
-        self, upper_closure: Closure, lower_closure: Closure
+        self,
+        upper_closure: Closures = None,
+        lower_closure: Closure | None = None,
+        *,
+        closure: Closures = None,
     ) -> Tensor:
         """``lower_steps`` updates of v and the multiplier, then one update of u.
 
@@ -169,6 +174,8 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
             lower_closure: returns g, likewise.
+            closure: f again, or both: trainers pass on ``step(closure=f, lower_closure=g)`` and
+                ``step((f, g))``.
 
         Returns:
             f at the last evaluation, detached, 0-d.
@@ -181,11 +188,12 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             UnusedParameterError: no loss depends on an upper parameter.
             DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
         """
+        if upper_closure is lower_closure is closure is None and self._completes_state():
+            return torch.zeros(())
+        both = closures.both_of(upper_closure, lower_closure, closure)
         shared = self.penalty.rule.shares_evaluation
         one_evaluation = shared and self.lower_steps == 1
-        with self._undone_on_error(
-            upper_closure, lower_closure, rules=[] if one_evaluation else [self.lower]
-        ) as evaluate:
+        with self._undone_on_error(*both, [] if one_evaluation else [self.lower]) as evaluate:
             for _ in range(self.lower_steps - 1):
                 self._move_lower(*evaluate(False))
             evaluation, norms = evaluate(shared)
@@ -211,18 +219,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             self._move_upper(evaluation, norms)
         self._opt_called = True  # schedulers warn unless step() was called; this stands for it
         return evaluation.upper_loss
-
-    def restart_lower(self) -> None:
-        """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
-
-        The multiplier, those of lower inequalities and the tracker of the value gap belong to the
-        problem before: they return to 0 and to v. The lower rule keeps its moments, and those of
-        the tracker.
-        """
-        sets = self._sets.lower
-        sets.multipliers = zeros_for(sets.multipliers)
-        self._dual = self._dual.restarted([*levels.parameters(self.lower), *sets.multipliers])
-        self._adjoint = self._dual.multiplier
 
     def check_hypergradient(
         self,
@@ -262,16 +258,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     def metrics(self) -> Metrics:
         """What the last evaluation saw; made when asked for, as most steps are not."""
         return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
-
-    @property
-    def adjoint(self) -> Tensors:
-        """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
-        return self._adjoint[: len(levels.parameters(self.lower))]
-
-    @property
-    def inequality_multipliers(self) -> dict[str, Tensors]:
-        """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
-        return {k: clones(held) for k, held in self._sets.saved().items()}
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
         rule, moving = self.penalty.rule, self._moving_lower()
@@ -366,48 +352,3 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             self.curvature, upper, lower, *rules, guard, is_map, self._sets.inequalities
         )
         return self._sets.applied(losses)
-
-    def _moving_lower(self) -> list[bool]:
-        moving = [p.requires_grad for p in levels.parameters(self.lower)]
-        return moving + [True] * len(self._sets.lower.multipliers)
-
-    def _merged(self, adjoint: Tensors) -> Tensors:
-        """``adjoint`` of the moving lower parameters, with the multiplier for the others."""
-        fresh = iter(adjoint)
-        pairs = zip(self._dual.multiplier, self._moving_lower(), strict=True)
-        return tuple(next(fresh) if moves else held for held, moves in pairs)
-
-    # What TwoLevelOptimizer asks of its subclasses.
-
-    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
-        if level == "lower":
-            end = len(self._adjoint) - len(self._sets.lower.multipliers)
-            self._dual = self._dual.extended(parameters, end)
-            self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
-        self._dependence_checked = False
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "penalty": self.penalty.name,
-            "adjoint": list(self._adjoint),
-            **self._dual.packed(),
-            "inequalities": self._sets.saved(),
-            **self._counts,
-            "engine": engines.packed(self.curvature),
-        }
-
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        if own["penalty"] != self.penalty.name:
-            raise ValueError(
-                f"the checkpoint was made with penalty {own['penalty']!r}, this optimizer has "
-                f"{self.penalty.name!r}"
-            )
-        self._sets.check(own["inequalities"], self._dual).check(own)
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._dual = self._sets.check(own["inequalities"], self._dual).unpacked(own)
-        self._sets.load(own["inequalities"], levels.parameters(self.upper)[0].device)
-        self._adjoint = placed(own["adjoint"], self._dual.multiplier)
-        self._counts = {name: own[name] for name in self._counts}
-        engines.unpack(self.curvature, own["engine"])
