@@ -102,6 +102,7 @@ def test_copies_keep_their_projection():
     assert torch.equal(twin.run(3).point(), task.run(3).point())
 
 
+@pytest.mark.filterwarnings("ignore:the lower parameters .* have 16 bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_steps_stay_feasible(dtype):
     u, v = leaf(torch.full((4,), 0.25), dtype), leaf(torch.zeros(4), dtype)

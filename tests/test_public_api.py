@@ -130,7 +130,6 @@ LAYERS = {
     "graph": set(),
     "levels": set(),
     "checkpoint": set(),
-    "composite": {"checkpoint", "levels", "tensors"},
     "in_place": {"tensors"},
     "moments": set(),
     "borrowed": {"in_place", "levels", "moments", "tensors"},
@@ -158,6 +157,7 @@ LAYERS = {
         "tensors",
     },
     "closures": {"buffers", "constraints", "curvature", "levels", "penalties", "tensors"},
+    "composite": {"checkpoint", "closures", "errors", "levels", "tensors"},
     "restrictions": {
         "constraints",
         "curvature",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, levels
+from .closures import both_of
+from .errors import BilevelWarning
 from .tensors import Pair
 
 
@@ -33,6 +36,8 @@ class TwoLevelOptimizer(Optimizer):
     """Names in ``_own_state`` of lists with an entry per lower parameter, or empty."""
     _is_complete = False
     """Has something other than a step given the state all its entries?"""
+    _has_two_rates = False
+    """Were the levels given different learning rates, and nothing was said about them since?"""
 
     def _build(
         self,
@@ -48,12 +53,14 @@ class TwoLevelOptimizer(Optimizer):
         upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
         lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3, make=make_lower)
         levels.check_disjoint(upper_rule, lower_rule)
+        _warn_of_coarse(lower_rule)
         self._join(upper_rule, lower_rule)
 
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
         """Start life with these two rules, in the way unpickling does."""
         self.upper, self.lower = upper, lower
         self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
+        self._has_two_rates = _rates(upper, "lr") != _rates(lower, "lr")
         # Schedulers that cycle momentum look here for what all groups have.
         common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}
         super().__setstate__({"defaults": common})
@@ -96,6 +103,28 @@ class TwoLevelOptimizer(Optimizer):
         for parameter in levels.parameters(self.upper):
             held[parameter] = held.get(parameter) or {checkpoint.STATELESS: 1}
         return defaultdict(dict, held)
+
+    def _begun(self, upper: Any, lower: Any, closure: Any) -> tuple[Any, Any] | None:
+        """The closures of ``step``; None if torch's checkpoint tools called it, for the state."""
+        if upper is lower is closure is None and self._completes_state():
+            return None
+        both = both_of(upper, lower, closure)
+        if self._has_two_rates:
+            self._warn_of_one_rate()
+        return both
+
+    def _warn_of_one_rate(self) -> None:
+        # Where ordinary schedulers start they keep; a rate that they are told overwrites it.
+        starts = [_rates(rule, "initial_lr") for rule in self._rules().values()]
+        if None not in starts[0] and len(starts[0]) == 1 and starts[0] == starts[1]:
+            self._has_two_rates = False
+            warnings.warn(
+                "a scheduler gave both levels one learning rate, though they were built with two "
+                "(OneCycleLR or CyclicLR with one number?); give it a list with one entry per "
+                "group of optimizer.param_groups, e.g. OneCycleLR(optimizer, max_lr=[0.1, 0.01])",
+                BilevelWarning,
+                stacklevel=4,
+            )
 
     def _completes_state(self) -> bool:
         """Give every parameter its entries, if torch's checkpoint tools ask for it.
@@ -236,3 +265,24 @@ class TwoLevelOptimizer(Optimizer):
                 held = [p for g in groups for p in g["params"] if p in state["state"]]
                 moments = {p: state["state"][p] for p in held}
                 rule.__setstate__({"param_groups": groups, "state": defaultdict(dict, moments)})
+
+
+def _rates(rule: Optimizer, name: str) -> set[float | None]:
+    """What a rule's groups say under ``name``; None where they do not."""
+    return {None if name not in group else float(group[name]) for group in rule.param_groups}
+
+
+def _warn_of_coarse(lower: Optimizer) -> None:
+    coarse = [
+        name
+        for name, p in zip(levels.names(lower, "lower"), levels.parameters(lower), strict=True)
+        if p.requires_grad and torch.finfo(p.dtype).bits <= 16
+    ]
+    if coarse:
+        warnings.warn(
+            f"the lower parameters {coarse} have 16 bits: steps below some thousandths of a "
+            "parameter are rounded away, so v does not settle and the certificate stays large. "
+            "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
+            BilevelWarning,
+            stacklevel=4,
+        )

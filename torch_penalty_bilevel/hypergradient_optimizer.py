@@ -197,9 +197,9 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             UnusedParameterError: no loss depends on an upper parameter.
             NondeterministicClosureError: ``"reverse"`` met other data when it repeated a step.
         """
-        if upper_closure is lower_closure is closure is None and self._completes_state():
+        both = self._begun(upper_closure, lower_closure, closure)
+        if both is None:
             return torch.zeros(())
-        both = closures.both_of(upper_closure, lower_closure, closure)
         before = self._adjoint, self._first_lower, self.metrics, dict(self._counts)
         engine = engines.packed(self.curvature)
         try:

@@ -188,9 +188,9 @@ class PenaltyBilevelOptimizer(RemembersDual):
             UnusedParameterError: no loss depends on an upper parameter.
             DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
         """
-        if upper_closure is lower_closure is closure is None and self._completes_state():
+        both = self._begun(upper_closure, lower_closure, closure)
+        if both is None:
             return torch.zeros(())
-        both = closures.both_of(upper_closure, lower_closure, closure)
         shared = self.penalty.rule.shares_evaluation
         one_evaluation = shared and self.lower_steps == 1
         with self._undone_on_error(*both, [] if one_evaluation else [self.lower]) as evaluate:
