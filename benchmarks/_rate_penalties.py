@@ -73,7 +73,7 @@ def in_one_loop(problem: Quadratic, penalty: Any, steps: int, lr: float) -> Run:
         optimizer.step(lambda: problem.upper_loss(u, v), lambda: problem.lower_loss(u, v))
         assert u.grad is not None
         run.errors.append(problem.error(u.grad))
-        run.scalars.append(optimizer.state_dict()["bilevel"]["scalars"])
+        run.scalars.append(optimizer._own_state()["scalars"])
     return run
 
 

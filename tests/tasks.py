@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
 
@@ -99,13 +100,12 @@ class Net:
 
 def everything(task):
     """All that a step may touch, by value."""
-    state = task.optimizer.state_dict()
+    state, own = task.optimizer.state_dict(), task.optimizer._own_state()
     flat = [task.point(), torch.get_rng_state(), task.optimizer.metrics.upper_loss]
-    for entry in state["state"].values():
-        flat += [torch.as_tensor(x).clone() for x in entry.values()]
-    flat += [t.clone() for t in state["bilevel"]["multiplier"] + state["bilevel"]["probe"]]
-    flat += [torch.as_tensor(x).clone() for x in state["bilevel"]["scalars"].values()]
-    flat += [torch.as_tensor(state["bilevel"][k]) for k in ("steps", "gradient_evaluations")]
+    flat += [torch.as_tensor(x).clone() for x in tree_leaves(state["state"])]
+    flat += [t.clone() for t in own["multiplier"] + own["probe"]]
+    flat += [torch.as_tensor(x).clone() for x in own["scalars"].values()]
+    flat += [torch.as_tensor(own[k]) for k in ("steps", "gradient_evaluations")]
     flat += [t.clone() for t in task.optimizer.adjoint]
     flat += [b.clone() for b in task.net.buffers()]
     return flat, random.getstate(), np.random.get_state()[1].tolist()

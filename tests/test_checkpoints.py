@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pathlib
 import pickle
 
 import pytest
@@ -67,11 +68,12 @@ def test_resume_is_bit_equal_with_dropout(curvature):
 def test_loading_does_not_alias_the_checkpoint():
     source = Task().run(3)
     state = source.optimizer.state_dict()
-    held = [t.clone() for t in state["bilevel"]["multiplier"]]
+    own = source.optimizer._own_state()
+    held = [t.clone() for t in own["multiplier"]]
     other = Task()
     other.optimizer.load_state_dict(copy.deepcopy(state))
     other.run(3)
-    for a, b in zip(state["bilevel"]["multiplier"], held, strict=True):
+    for a, b in zip(own["multiplier"], held, strict=True):
         assert torch.equal(a, b)
 
 
@@ -100,7 +102,7 @@ def test_checkpoints_that_do_not_fit_change_nothing():
     good = copy.deepcopy(task.optimizer.state_dict())
     paper = Task(penalty="paper").optimizer.state_dict()
     wrong_shape = copy.deepcopy(good)
-    wrong_shape["bilevel"]["multiplier"][0] = torch.zeros(1)
+    wrong_shape["state"][1]["bilevel_multiplier"] = torch.zeros(1)
     wrong_level = copy.deepcopy(good)
     wrong_level["param_groups"][0]["level"] = "lower"
     for bad, message in (
@@ -144,3 +146,23 @@ def test_switched_engine_survives_a_checkpoint():
     assert not other.optimizer.curvature.switched
     other.optimizer.load_state_dict(copy.deepcopy(state))
     assert other.optimizer.curvature.switched
+
+
+@pytest.mark.parametrize("penalty", ["stationarity", "value"])
+def test_a_file_of_the_earlier_format_loads(penalty):
+    """Written before the memory moved into ``state`` and ``param_groups``."""
+    file = pathlib.Path(__file__).parent / "data" / "earlier_format.pt"
+    saved = torch.load(file, weights_only=True)[penalty]
+    task = Task(penalty=penalty).run(1)
+    task.net.load_state_dict(saved["net"])
+    task.optimizer.load_state_dict(saved["optimizer"])
+    then, now = saved["optimizer"]["bilevel"], task.optimizer._own_state()
+    for name in ("multiplier", "adjoint", "probe", "tracker"):
+        assert len(then[name]) == len(now[name])
+        assert all(torch.equal(a, b) for a, b in zip(then[name], now[name], strict=True))
+    for old, new in zip(then["moments"], now["moments"], strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    assert then["scalars"].items() <= now["scalars"].items()
+    assert [now[k] for k in ("steps", "lower_steps")] == [3, 3]
+    assert task.optimizer.state[task.weights]["step"] == 3
+    task.run(2)

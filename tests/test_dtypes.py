@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch_penalty_bilevel import EpsilonTest, PenaltyBilevelOptimizer, Stationarity
 
 
+@pytest.mark.filterwarnings("ignore:the lower parameters .* have 16 bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("curvature", ["double_backward", "finite_difference", "functional"])
 def test_lower_precision_follows_float64(dtype, curvature):
@@ -45,6 +46,7 @@ def test_lower_precision_follows_float64(dtype, curvature):
     assert float(error) < tolerance[dtype]
 
 
+@pytest.mark.filterwarnings("ignore:the lower parameters .* have 16 bits")
 def test_mixed_dtypes_in_one_level_stay_and_take_the_same_steps():
     """Three steps of Adam from the same value, apart by bfloat16's rounding only."""
     a = torch.ones(2, dtype=torch.float32, requires_grad=True)

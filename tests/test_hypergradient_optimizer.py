@@ -161,7 +161,7 @@ def test_an_upper_rule_that_raises_undoes_the_step() -> None:
         assert same(before, snapshot(run))
         handle.remove()
         run.step()
-        assert run.optimizer.state_dict()["bilevel"]["steps"] == 1
+        assert run.optimizer._own_state()["steps"] == 1
 
 
 def test_a_breakdown_of_the_solver_is_an_error() -> None:

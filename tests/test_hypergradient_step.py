@@ -154,6 +154,7 @@ def test_reduce_averages_everything() -> None:
         assert_close(one.v, half.v, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:the lower parameters .* have 16 bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_lower_precision_follows_float64(method: str, dtype: torch.dtype) -> None:

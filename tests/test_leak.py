@@ -132,7 +132,7 @@ def test_memory_of_state_is_two_copies_of_the_lower_level():
             lambda: F.cross_entropy(net(x), y),
             lambda: (u.exp() * F.cross_entropy(net(x), y, reduction="none")).mean(),
         )
-        own = optimizer.state_dict()["bilevel"]
+        own = optimizer._own_state()
         tensors = [*own["multiplier"], *own["probe"], *own["adjoint"]]
         sizes.append(sum({t.data_ptr(): t.numel() for t in tensors}.values()))
     assert sizes == [2 * sum(p.numel() for p in net.parameters())] * 3

@@ -73,7 +73,8 @@ def test_optimizer_signature():
     }
     for half in ("step", "lower_step", "upper_step"):
         signature = inspect.signature(getattr(tpb.PenaltyBilevelOptimizer, half))
-        assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
+        both = ["upper_closure", "lower_closure"]
+        assert list(signature.parameters)[1:] == both + ["closure"] * (half == "step")
 
 
 def test_hypergradient_optimizer_signature():
@@ -84,7 +85,7 @@ def test_hypergradient_optimizer_signature():
     defaults |= {"curvature": "auto", "allow_unused": False}
     assert {k: v for k, v in options.items() if v is not None} == defaults
     signature = inspect.signature(tpb.HypergradientOptimizer.step)
-    assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure"]
+    assert list(signature.parameters)[1:] == ["upper_closure", "lower_closure", "closure"]
 
 
 def test_functional_signatures():
@@ -129,8 +130,9 @@ LAYERS = {
     "scope": {"reachable"},
     "buffers": {"scope"},
     "graph": set(),
-    "memory": set(),
-    "levels": {"memory"},
+    "aliasing": set(),
+    "levels": {"aliasing"},
+    "checkpoint": set(),
     "in_place": {"tensors"},
     "moments": set(),
     "around": set(),
@@ -146,7 +148,6 @@ LAYERS = {
     "repeats": {"errors"},
     "curvature": {"choices", "errors", "graph", "in_place", "randomness", "repeats", "tensors"},
     "rules": {"around", "curvature", "graph", "levels", "tensors"},
-    "composite": {"levels", "rules", "scope", "tensors"},
     "borrowed": {"in_place", "levels", "moments", "rules", "tensors"},
     "penalties": {
         "choices",
@@ -170,6 +171,7 @@ LAYERS = {
         "rules",
         "tensors",
     },
+    "composite": {"checkpoint", "closures", "errors", "levels", "rules", "scope", "tensors"},
     "restrictions": {
         "constraints",
         "curvature",
@@ -181,9 +183,11 @@ LAYERS = {
         "randomness",
         "tensors",
     },
+    "first_look": {"curvature", "errors", "penalties", "randomness", "tensors"},
     "checks": {
         "curvature",
         "errors",
+        "first_look",
         "graph",
         "linear_solve",
         "penalties",
@@ -234,15 +238,26 @@ LAYERS = {
         "tensors",
     },
     "solve": {"constraints", "curvature", "errors", "graph", "linear_solve", "pytrees"},
+    "memory": {
+        "composite",
+        "curvature",
+        "dual",
+        "levels",
+        "moments",
+        "penalties",
+        "restrictions",
+        "tensors",
+    },
     "optimizer": {
         "borrowed",
         "buffers",
         "checks",
         "closures",
-        "composite",
         "curvature",
         "evaluation",
+        "first_look",
         "levels",
+        "memory",
         "metrics",
         "penalties",
         "report",

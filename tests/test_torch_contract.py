@@ -77,7 +77,7 @@ def test_sgd_takes_exactly_the_reported_gradients():
         lambda o: lr_scheduler.StepLR(o, 2, gamma=0.5),
         lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
         lambda o: lr_scheduler.LambdaLR(o, [lambda t: 0.9**t, lambda t: 0.5**t]),
-        lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=6),
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=[0.1, 0.05], total_steps=6),
         lambda o: lr_scheduler.SequentialLR(
             o, [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.ExponentialLR(o, 0.7)], [2]
         ),

@@ -50,7 +50,7 @@ def compare_value(name, lower_steps, curvature, options):
         close(loss, twin.value, 1e-10)
         close(u.detach(), twin.u, 1e-10)
         close(v.detach(), twin.v, 1e-10)
-        close(optimizer.state_dict()["bilevel"]["tracker"][0], twin.z, 1e-10)
+        close(optimizer._own_state()["tracker"][0], twin.z, 1e-10)
         close(u.grad, twin.upper_grad, 1e-10)
         close(optimizer.adjoint[0], twin.q, 1e-10)
         close(optimizer.metrics.residual_norm, twin.residual, 1e-10)

@@ -112,7 +112,7 @@ def test_tracker_starts_where_v_is_at_the_first_step():
         v += 1.0
     moved = v.detach().clone()
     optimizer.step(*closures("curved", u, v, "auto"))
-    tracker = optimizer.state_dict()["bilevel"]["tracker"][0]
+    tracker = optimizer._own_state()["tracker"][0]
     assert float((tracker - moved).norm()) < 0.1
 
 
@@ -128,7 +128,7 @@ def test_tracker_moves_by_the_lower_rule_with_its_options_and_hooks():
         velocity = 0.5 * velocity + t * min(1.0, float(0.5 / (t.norm() + 1e-6)))
         z = z - 0.1 * velocity
         optimizer.step(lambda: quadratic_f(u, v), lambda: quadratic_g(u, v))
-        close(optimizer.state_dict()["bilevel"]["tracker"][0], z, 1e-12)
+        close(optimizer._own_state()["tracker"][0], z, 1e-12)
     assert list(rule.state) == [v]
 
 

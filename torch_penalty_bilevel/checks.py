@@ -22,6 +22,7 @@ from .errors import (
     NondeterministicClosureError,
     UnusedParameterError,
 )
+from .first_look import FirstLook
 from .linear_solve import random_direction
 from .penalties import Losses
 from .randomness import RandomState
@@ -218,20 +219,25 @@ class DependenceWatch:
         allow_unused: bool,
         lower_is_map: bool,
         engine: Curvature,
-    ) -> None:
+    ) -> Losses:
         """If it is time to, or if closures are new, at what they use and keep.
 
         Warns, once of each, of lower parameters that g does not use. Raises what
-        ``check_dependence`` does.
+        ``check_dependence`` does. Returns losses for the evaluation at the same point, which need
+        not call the closures again for what was seen.
         """
         if not self.due and not scope.is_new:
-            return
+            return losses
+        seen = FirstLook(losses, at, engine)
         with scope.searching():
             if self.due:
-                found = check_dependence(losses, at, names, allow_unused, lower_is_map, engine)
+                how = allow_unused, lower_is_map, engine
+                found = check_dependence(seen.losses, at, names, *how)
                 self._name_unused(lower_names, found)
             _check_kept_state(losses, at, scope, called=self.due)
+        seen.open()
         self.due = False
+        return seen.losses
 
     def _name_unused(self, lower_names: Sequence[str], found: Dependence) -> None:
         missing = [n for n, used in zip(lower_names, found.lower, strict=False) if not used]

@@ -17,12 +17,33 @@ from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
 
+Closure: TypeAlias = Callable[..., Any]
+Closures: TypeAlias = Closure | tuple[Closure, Closure] | None
 Inequalities: TypeAlias = tuple[Sequence[Inequality], Sequence[Inequality]]
 """Of the upper and of the lower level."""
 
 
 class _Check(Protocol):
     def __call__(self, value: Any, level: Level, *, differentiable: bool) -> Any: ...
+
+
+def both_of(upper: Any, lower: Any, closure: Any) -> tuple[Any, Any]:
+    """The two closures of ``step``, from the ways in which trainers pass them on.
+
+    (f, g), (closure=f, lower_closure=g), ((f, g)) and (closure=(f, g)).
+
+    Raises:
+        TypeError: not two callables.
+    """
+    if upper is not None and closure is not None:
+        raise TypeError("step got upper_closure and closure; they are one, give one of them")
+    upper = closure if upper is None else upper
+    if lower is None and isinstance(upper, (tuple, list)):
+        given: list[Any] = [*upper]
+        if len(given) == 2:
+            upper, lower = given
+    check_callables(upper, lower)
+    return upper, lower
 
 
 def check_callables(upper_closure: Any, lower_closure: Any) -> None:
@@ -32,7 +53,8 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
             raise TypeError(
                 f"step needs two closures, step(upper_closure, lower_closure); {level}_closure is "
                 f"{type(closure).__name__}. Trainers that call step() or step(closure) by "
-                "themselves cannot drive a bilevel optimizer: use their manual mode"
+                "themselves cannot drive a bilevel optimizer: use their manual mode, with "
+                "step(closure=f, lower_closure=g) or step((f, g))"
             )
 
 

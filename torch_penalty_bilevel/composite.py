@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import levels, rules
+from . import checkpoint, levels, rules
+from .closures import both_of
+from .errors import BilevelWarning
 from .scope import Scope
 from .tensors import Pair, Tensors
 
@@ -31,7 +34,14 @@ class TwoLevelOptimizer(Optimizer):
     _scope: Scope
     _adjoint: Tensors
     """One tensor shaped like each lower parameter, and possibly more."""
+    _counts: dict[str, int]
     _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order", "_scope")
+    _shared: ClassVar[tuple[str, ...]] = ()
+    """Names in ``_own_state`` of lists with an entry per lower parameter, or empty."""
+    _is_complete = False
+    """Has something other than a step given the state all its entries?"""
+    _has_two_rates = False
+    """Were the levels given different learning rates, and nothing was said about them since?"""
 
     def _build(
         self,
@@ -49,6 +59,7 @@ class TwoLevelOptimizer(Optimizer):
         levels.check_disjoint(upper_rule, lower_rule)
         rules.check(upper_rule, "upper")
         rules.check(lower_rule, "lower")
+        _warn_of_coarse(lower_rule)
         self._join(upper_rule, lower_rule)
 
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
@@ -56,6 +67,7 @@ class TwoLevelOptimizer(Optimizer):
         self.upper, self.lower = upper, lower
         self._scope = Scope()
         self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
+        self._has_two_rates = _rates(upper, "lr") != _rates(lower, "lr")
         # Schedulers that cycle momentum look here for what all groups have.
         common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}
         super().__setstate__({"defaults": common})
@@ -77,12 +89,64 @@ class TwoLevelOptimizer(Optimizer):
                 levels.mark(group, level)  # type: ignore[arg-type]
                 self._order.append(level)
                 groups.append(group)
+        # Torch's tools load into what a live group has.
+        self.lower.param_groups[0].setdefault(checkpoint.GROUP, {})
         return groups
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The state of all parameters: a new mapping onto the rules' own entries."""
-        return defaultdict(dict, {**self.upper.state, **self.lower.state})
+        """The state of all parameters: a new mapping onto the rules' own entries.
+
+        Those of lower parameters have the multiplier and whatever else is kept for each beside
+        them. Empty where the rules have none yet: torch's checkpoint tools then ask for it.
+        """
+        held = {**self.upper.state, **self.lower.state}
+        begun = self._is_complete or self._counts["gradient_evaluations"] > 0
+        if not begun and not (self.upper.state and self.lower.state):
+            return defaultdict(dict)
+        lower = levels.parameters(self.lower)
+        entries, _ = checkpoint.spread(self._own_state(), self._shared, len(lower))
+        held |= {p: {**held.get(p, {}), **e} for p, e in zip(lower, entries, strict=True)}
+        for parameter in levels.parameters(self.upper):
+            held[parameter] = held.get(parameter) or {checkpoint.STATELESS: 1}
+        return defaultdict(dict, held)
+
+    def _begun(self, upper: Any, lower: Any, closure: Any) -> tuple[Any, Any] | None:
+        """The closures of ``step``; None if torch's checkpoint tools called it, for the state."""
+        if upper is lower is closure is None and self._completes_state():
+            return None
+        both = both_of(upper, lower, closure)
+        if self._has_two_rates:
+            self._warn_of_one_rate()
+        return both
+
+    def _warn_of_one_rate(self) -> None:
+        # Where ordinary schedulers start they keep; a rate that they are told overwrites it.
+        starts = [_rates(rule, "initial_lr") for rule in self._rules().values()]
+        if None not in starts[0] and len(starts[0]) == 1 and starts[0] == starts[1]:
+            self._has_two_rates = False
+            warnings.warn(
+                "a scheduler gave both levels one learning rate, though they were built with two "
+                "(OneCycleLR or CyclicLR with one number?); give it a list with one entry per "
+                "group of optimizer.param_groups, e.g. OneCycleLR(optimizer, max_lr=[0.1, 0.01])",
+                BilevelWarning,
+                stacklevel=4,
+            )
+
+    def _completes_state(self) -> bool:
+        """Give every parameter its entries, if torch's checkpoint tools ask for it.
+
+        They call ``step`` without closures, with zero gradients and learning rates, on an optimizer
+        without state, so that there is something to load into.
+        """
+        grads = [p.grad for p in (*self._point().upper, *self._point().lower)]
+        fresh = not self.state and all(g is not None and not bool(g.any()) for g in grads)
+        if not fresh or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        for rule in self._rules().values():
+            rule.step()
+        self._is_complete = True
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the level named by its ``"level"`` entry.
@@ -147,17 +211,48 @@ class TwoLevelOptimizer(Optimizer):
     # Checkpoints, pickle, deepcopy.
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's ``{"state", "param_groups"}`` plus ``"bilevel"``; tensors are not copied."""
-        return super().state_dict() | {"bilevel": self._own_state()}
+        """Torch's ``{"state", "param_groups"}``; tensors are not copied.
+
+        What is remembered for each lower parameter is in its entry of ``state``, the rest in the
+        first lower group, so ``torch.distributed.checkpoint`` and what it flattens keep all of it.
+        """
+        count, complete = len(levels.parameters(self.lower)), self._is_complete
+        _, rest = checkpoint.spread(self._own_state(), self._shared, count)
+        group = self.lower.param_groups[0]
+        group[checkpoint.GROUP], self._is_complete = rest, True
+        try:
+            return super().state_dict()
+        finally:
+            group[checkpoint.GROUP], self._is_complete = {}, complete
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken: the next step is bit-equal.
 
+        Checkpoints of the earlier format, with an entry ``"bilevel"`` beside the others, load too.
+
         Raises:
             ValueError: the checkpoint does not fit; nothing was changed.
         """
-        own = state_dict.get("bilevel")
-        if own is None:
+        own = self._gathered(state_dict)
+        for group in state_dict["param_groups"]:
+            rule = self._rules()[group["level"]]
+            rules.check_group(rule, group, group["level"], self._lower_is_map())
+        self._check_shapes(state_dict)
+        self._check_own_state(own)
+        groups = [
+            {k: v for k, v in group.items() if k != checkpoint.GROUP}
+            for group in state_dict["param_groups"]
+        ]
+        state = checkpoint.without(state_dict["state"])
+        super().load_state_dict({"state": state, "param_groups": groups})
+        self._load_own_state(own)
+        self._is_complete = True
+
+    def _gathered(self, state_dict: dict[str, Any]) -> checkpoint.Memory:
+        groups = [g for g in state_dict["param_groups"] if g.get("level") == "lower"]
+        old = state_dict.get("bilevel")
+        rest = old or next((g[checkpoint.GROUP] for g in groups if g.get(checkpoint.GROUP)), None)
+        if rest is None:
             raise ValueError(
                 f"not a state dict of {type(self).__name__}: it has no 'bilevel' entry (a state "
                 "dict of one level? load it into optimizer.upper or optimizer.lower)"
@@ -168,13 +263,20 @@ class TwoLevelOptimizer(Optimizer):
             raise ValueError(
                 f"the checkpoint's groups have levels {saved}, this optimizer's have {here}"
             )
-        for group in state_dict["param_groups"]:
-            rule = self._rules()[group["level"]]
-            rules.check_group(rule, group, group["level"], self._lower_is_map())
-        self._check_shapes(state_dict)
-        self._check_own_state(own)
-        super().load_state_dict(state_dict)
-        self._load_own_state(own)
+        if old:
+            return old
+        lower = levels.parameters(self.lower)
+        own, _ = checkpoint.spread(self._own_state(), self._shared, len(lower))
+        keys = [key for group in groups for key in group["params"]]
+        if len(keys) != len(lower):
+            raise ValueError(
+                f"the checkpoint has {len(keys)} lower parameters, this optimizer {len(lower)}"
+            )
+        entries = [
+            state_dict["state"].get(key, None if not p.requires_grad else {})
+            for key, p in zip(keys, lower, strict=True)
+        ]
+        return checkpoint.gathered(entries, rest, own)
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Raise ``ValueError`` for moments of other shapes than the parameters have here."""
@@ -216,3 +318,24 @@ class TwoLevelOptimizer(Optimizer):
                 held = [p for g in groups for p in g["params"] if p in state["state"]]
                 moments = {p: state["state"][p] for p in held}
                 rule.__setstate__({"param_groups": groups, "state": defaultdict(dict, moments)})
+
+
+def _rates(rule: Optimizer, name: str) -> set[float | None]:
+    """What a rule's groups say under ``name``; None where they do not."""
+    return {None if name not in group else float(group[name]) for group in rule.param_groups}
+
+
+def _warn_of_coarse(lower: Optimizer) -> None:
+    coarse = [
+        name
+        for name, p in zip(levels.names(lower, "lower"), levels.parameters(lower), strict=True)
+        if p.requires_grad and torch.finfo(p.dtype).bits <= 16
+    ]
+    if coarse:
+        warnings.warn(
+            f"the lower parameters {coarse} have 16 bits: steps below some thousandths of a "
+            "parameter are rounded away, so v does not settle and the certificate stays large. "
+            "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
+            BilevelWarning,
+            stacklevel=4,
+        )

@@ -121,7 +121,8 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
             raise NonFiniteError(
                 f"{label} is not finite in step {step}; nothing was changed. Lower the learning "
                 "rates, clip gradients with a step hook on optimizer.lower or optimizer.upper, or "
-                "look for log(0) and division by zero in the losses"
+                "look for log(0) and division by zero in the losses; under autocast use bfloat16, "
+                "which needs no GradScaler"
             )
     _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, _, *parts = (
         totals.values()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
@@ -45,6 +46,15 @@ def reached(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[boo
     leaves = {id(node.variable) for node in nodes(*outputs) if hasattr(node, "variable")}
     leaves |= {id(output) for output in outputs}  # an output may itself be a leaf
     return [id(parameter) in leaves for parameter in parameters]
+
+
+def coarsest(output: Tensor) -> torch.dtype:
+    """The least precise floating-point dtype that anything behind ``output`` was computed in."""
+    found = {output.dtype}
+    for node in nodes(output):
+        # Autocast, inside the closure or around it, shows here and nowhere else.
+        found |= {part.dtype for part in node._input_metadata if part.dtype.is_floating_point}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def silently_wrong(output: Tensor) -> str | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import closures, levels, rows, rules
 from . import curvature as engines
 from .checks import DependenceWatch, raise_unused
+from .closures import Closure, Closures
 from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .errors import NonFiniteError
@@ -37,7 +38,6 @@ from .restrictions import Constraint, upper_projection
 from .tensors import Tensors, clones, placed, zeros_for
 from .transaction import all_or_nothing
 
-Closure: TypeAlias = Callable[..., Any]
 _OF_LEARNING_RATE = ("neumann", "fixed_point", "stochastic", "one_step")
 
 
@@ -77,8 +77,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         upper_constraint: a projection of ``constraints``: projected hypergradient descent.
         tolerance, damping, truncation, samples: as in ``functional.hypergradient``.
         step_size: likewise; default: 1 for a map, else the lower level's smallest learning rate.
-        linear_optimizer: likewise, for ``"stochastic"`` and ``"approx_grad"``; made anew, without
-            moments, in every step.
+        linear_optimizer: likewise, ``"stochastic"`` and ``"approx_grad"``; made anew in every step.
 
     Raises:
         ValueError, TypeError: at construction, naming the argument, its value and the remedy.
@@ -115,6 +114,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         "_counts",
         "_dependence",
     )
+
+    _shared = ("adjoint", "first_lower")
 
     def __init__(
         self,
@@ -169,7 +170,11 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         rules.check(self.lower, "lower", self.lower_is_map)
 
     def step(  # type: ignore[override]
-        self, upper_closure: Closure, lower_closure: Closure
+        self,
+        upper_closure: Closures = None,
+        lower_closure: Closure | None = None,
+        *,
+        closure: Closures = None,
     ) -> Tensor:
         """``lower_steps`` updates of v, an adjoint, one update of u.
 
@@ -181,6 +186,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         Args:
             upper_closure: returns f, 0-d, from live tensors; does not call backward.
             lower_closure: returns g, 0-d, or with ``lower_is_map`` Phi, shaped like v.
+            closure: see ``PenaltyBilevelOptimizer.step``.
 
         Returns:
             f at the end of the lower steps, detached, 0-d.
@@ -192,13 +198,15 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             UnusedParameterError: no loss depends on an upper parameter.
             NondeterministicClosureError: ``"reverse"`` met other data when it repeated a step.
         """
+        both = self._begun(upper_closure, lower_closure, closure)
+        if both is None:
+            return torch.zeros(())
         before = self._adjoint, self._first_lower, self.metrics, dict(self._counts)
         engine = engines.packed(self.curvature)
         try:
             with all_or_nothing([self.lower], self._devices(), self._scope) as guard:
-                both = upper_closure, lower_closure, self.upper, self.lower
-                is_map = self.lower_is_map
-                return self._step(closures.losses_of(self.curvature, *both, guard, is_map))
+                rest = self.upper, self.lower, guard, self.lower_is_map
+                return self._step(closures.losses_of(self.curvature, *both, *rest))
         except BaseException:
             self._adjoint, self._first_lower, self.metrics, self._counts = before
             engines.unpack(self.curvature, engine)
@@ -267,9 +275,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         self._counts["steps"] += 1
         self._counts["gradient_evaluations"] += evaluation.cost
         scalars = {"weight": 0.0, "damping": self._options.damping or 0.0}
-        count = self._counts["gradient_evaluations"]
         seen = evaluation.upper_loss, evaluation.lower_loss
-        self.metrics = Metrics.of(*seen, measured, scalars, count)
+        self.metrics = Metrics.of(*seen, measured, scalars, self._counts["gradient_evaluations"])
 
     # What TwoLevelOptimizer asks of its subclasses.
 
@@ -284,7 +291,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "format": 1,
+            "format": 2,
             "method": self.method,
             "adjoint": list(self._adjoint),
             "first_lower": list(self._first_lower),
@@ -304,4 +311,4 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         like = levels.parameters(self.lower) if own["first_lower"] else []
         self._first_lower = placed(own["first_lower"], like)
         self._counts = {name: own[name] for name in self._counts}
-        engines.unpack(self.curvature, own["engine"])
+        engines.unpack(self.curvature, own.get("engine", {}))

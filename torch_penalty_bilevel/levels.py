@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .memory import overlapping
+from .aliasing import overlapping
 
 Level: TypeAlias = Literal["upper", "lower"]
 Parameters: TypeAlias = (

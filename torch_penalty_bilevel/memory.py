@@ -1,60 +1,112 @@
-"""Which tensors share memory, so that moving one moves the other."""
+"""What ``PenaltyBilevelOptimizer`` remembers between its steps, and its checkpoints."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-
-class _Place(NamedTuple):
-    start: int
-    """First byte in the storage."""
-    end: int
-    """One after the last."""
-    which: int
-
-
-def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """Indices of two tensors with a byte in common; None if there are none.
-
-    Views of one buffer that do not meet (slices, columns) do not count. Tensors without memory of
-    their own to look at (meta, sparse, empty) are left out.
-    """
-    storages: dict[tuple[torch.device, int], list[_Place]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        plain = tensor.layout == torch.strided and tensor.device.type != "meta"
-        pointer = tensor.untyped_storage().data_ptr() if plain and tensor.numel() else 0
-        if pointer:
-            size = tensor.element_size()
-            start = int(tensor.storage_offset()) * size
-            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            place = _Place(start, start + (int(last) + 1) * size, index)
-            storages[tensor.device, pointer].append(place)
-    for places in storages.values():
-        places.sort()
-        for i, one in enumerate(places):
-            for other in places[i + 1 :]:
-                if other.start >= one.end:
-                    break
-                if _meet(tensors[one.which], tensors[other.which], one.start):
-                    return min(one.which, other.which), max(one.which, other.which)
-    return None
+from . import curvature as engines
+from . import levels
+from .checks import DependenceWatch
+from .composite import TwoLevelOptimizer
+from .curvature import Curvature
+from .dual import DualState
+from .moments import copied
+from .penalties import Penalty
+from .restrictions import Restrictions
+from .tensors import Tensors, clones, placed, zeros_for
 
 
-def _meet(left: Tensor, right: Tensor, start: int) -> bool:
-    """Exactly: mark the bytes of one and look at those of the other; ``start`` is the first."""
+class RemembersDual(TwoLevelOptimizer):
+    """The multiplier with all that is dual, for each lower parameter and lower inequality."""
 
-    def bytes_of(tensor: Tensor, memory: Tensor) -> Tensor:
-        size = tensor.element_size()
-        strides = [s * size for s in tensor.stride()]
-        offset = tensor.storage_offset() * size - start
-        return memory.as_strided((*tensor.shape, size), (*strides, 1), offset)
+    penalty: Penalty
+    curvature: Curvature
+    _sets: Restrictions
+    _dual: DualState
+    _adjoint: Tensors
+    _dependence: DependenceWatch
+    _shared = ("adjoint", "multiplier", "probe", "tracker", "moments")
 
-    storage = left.untyped_storage()
-    memory = torch.zeros(storage.nbytes() - start, dtype=torch.bool)
-    bytes_of(left, memory).fill_(True)
-    return bool(bytes_of(right, memory).any())
+    def restart_lower(self) -> None:
+        """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
+
+        The multiplier, those of lower inequalities and the tracker of the value gap belong to the
+        problem before: they return to 0 and to v. The lower rule keeps its moments, and those of
+        the tracker.
+        """
+        sets = self._sets.lower
+        sets.multipliers = zeros_for(sets.multipliers)
+        self._dual = self._dual.restarted([*levels.parameters(self.lower), *sets.multipliers])
+        self._adjoint = self._dual.multiplier
+
+    @property
+    def adjoint(self) -> Tensors:
+        """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
+        return self._adjoint[: len(levels.parameters(self.lower))]
+
+    @property
+    def inequality_multipliers(self) -> dict[str, Tensors]:
+        """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
+        return {k: clones(held) for k, held in self._sets.saved().items()}
+
+    def _moving_lower(self) -> list[bool]:
+        moving = [p.requires_grad for p in levels.parameters(self.lower)]
+        return moving + [True] * len(self._sets.lower.multipliers)
+
+    def _merged(self, adjoint: Tensors) -> Tensors:
+        """``adjoint`` of the moving lower parameters, with the multiplier for the others."""
+        fresh = iter(adjoint)
+        pairs = zip(self._dual.multiplier, self._moving_lower(), strict=True)
+        return tuple(next(fresh) if moves else held for held, moves in pairs)
+
+    # What TwoLevelOptimizer asks of its subclasses.
+
+    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
+        if level == "lower":
+            end = len(self._adjoint) - len(self._sets.lower.multipliers)
+            self._dual = self._dual.extended(parameters, end)
+            self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
+        self._dependence.due = True
+
+    def _completes_state(self) -> bool:
+        done = super()._completes_state()
+        if done and self._dual.tracker:
+            lower = levels.parameters(self.lower)
+            moments = tuple(copied(self.lower.state.get(p, {})) for p in lower)
+            self._dual = self._dual._replace(moments=moments)
+        return done
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "format": 2,
+            "penalty": self.penalty.name,
+            "adjoint": list(self._adjoint),
+            **self._dual.packed(),
+            "inequalities": self._sets.saved(),
+            **self._counts,
+            "engine": engines.packed(self.curvature),
+        }
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        if own["penalty"] != self.penalty.name:
+            raise ValueError(
+                f"the checkpoint was made with penalty {own['penalty']!r}, this optimizer has "
+                f"{self.penalty.name!r}"
+            )
+        self._sets.check(_inequalities(own), self._dual).check(own)
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        held = _inequalities(own)
+        self._dual = self._sets.check(held, self._dual).unpacked(own)
+        self._sets.load(held, levels.parameters(self.upper)[0].device)
+        self._adjoint = placed(own["adjoint"], self._dual.multiplier)
+        self._counts = {name: own[name] for name in self._counts}
+        engines.unpack(self.curvature, own.get("engine", {}))
+
+
+def _inequalities(own: dict[str, Any]) -> dict[str, Any]:
+    """Their multipliers by level; torch's tools leave out what is empty."""
+    return {"upper": [], "lower": []} | own.get("inequalities", {})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,22 +15,22 @@ from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
 from .checks import DependenceWatch, check_count, raise_unused, zeros_in_a_row
-from .composite import TwoLevelOptimizer
+from .closures import Closure, Closures
 from .curvature import Curvature
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
+from .memory import RemembersDual
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
-from .tensors import Pair, Tensors, clones, placed, zeros_for
+from .tensors import Pair
 from .transaction import all_or_nothing, rehearsal
 
-Closure: TypeAlias = Callable[..., Tensor]
 Evaluate: TypeAlias = Callable[[bool], tuple[Evaluation, Norms]]
 
 
-class PenaltyBilevelOptimizer(TwoLevelOptimizer):
+class PenaltyBilevelOptimizer(RemembersDual):
     r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
 
     The lower problem is replaced by its stationarity and the violation is penalised, with a
@@ -94,7 +95,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     """
 
     _fields = (
-        *TwoLevelOptimizer._fields,
+        *RemembersDual._fields,
         "lower_steps",
         "warmup_steps",
         "penalty",
@@ -148,19 +149,33 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._zeros_in_a_row = 0
 
     def step(  # type: ignore[override]
-        self, upper_closure: Closure, lower_closure: Closure
+        self,
+        upper_closure: Closures = None,
+        lower_closure: Closure | None = None,
+        *,
+        closure: Closures = None,
     ) -> Tensor:
         """``lower_steps`` updates of v and the multiplier, then one update of u.
 
         The last lower evaluation also serves the upper update where the rule allows it:
         ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
         step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
-        the one that serves u is differentiated with respect to u. Buffers move once per call. The
-        first (of new lines of code) evaluates both once more, uncompiled, to see what they use.
+        the one that serves u is differentiated with respect to u. Buffers move once per call.
+
+        An evaluation calls each closure once, and g again with the same random numbers for every
+        gradient of a ``"finite_difference"``, for the second point of ``"value"`` and where
+        ``"auto"`` compares engines. The first call runs uncompiled, to see what the closures use, as
+        does the first with new lines of code, which calls them once more; it repeats closures
+        where the engine is ``"finite_difference"`` or ``"functional"`` or a lower ``Inequality``
+        has to show its shape. So a closure may draw its own batch, next(loader), with
+        ``"double_backward"``, and, but for the batches that comparisons take, with ``"auto"``:
+        every evaluation is then one of another batch. Where g is repeated draw the batch outside.
 
         Args:
             upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
             lower_closure: returns g, likewise.
+            closure: f again, or both: trainers pass on ``step(closure=f, lower_closure=g)`` and
+                ``step((f, g))``.
 
         Returns:
             f at the last evaluation, detached, 0-d.
@@ -169,14 +184,16 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             NonFiniteError: a loss, residual or gradient is not finite. As after any exception
                 but one raised by the rules' own step hooks, parameters, buffers, random generators
                 and state are as before the call.
+            NondeterministicClosureError: g was repeated and returned something else.
             UnusedParameterError: no loss depends on an upper parameter.
             DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
         """
+        both = self._begun(upper_closure, lower_closure, closure)
+        if both is None:
+            return torch.zeros(())
         shared = self.penalty.rule.shares_evaluation
         one_evaluation = shared and self.lower_steps == 1
-        with self._undone_on_error(
-            upper_closure, lower_closure, rules=[] if one_evaluation else [self.lower]
-        ) as evaluate:
+        with self._undone_on_error(*both, [] if one_evaluation else [self.lower]) as evaluate:
             for _ in range(self.lower_steps - 1):
                 self._move_lower(*evaluate(False))
             evaluation, norms = evaluate(shared)
@@ -202,18 +219,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
             self._move_upper(evaluation, norms)
         self._opt_called = True  # schedulers warn unless step() was called; this stands for it
         return evaluation.upper_loss
-
-    def restart_lower(self) -> None:
-        """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
-
-        The multiplier, those of lower inequalities and the tracker of the value gap belong to the
-        problem before: they return to 0 and to v. The lower rule keeps its moments, and those of
-        the tracker.
-        """
-        sets = self._sets.lower
-        sets.multipliers = zeros_for(sets.multipliers)
-        self._dual = self._dual.restarted([*levels.parameters(self.lower), *sets.multipliers])
-        self._adjoint = self._dual.multiplier
 
     def check_hypergradient(
         self,
@@ -253,16 +258,6 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
     def metrics(self) -> Metrics:
         """What the last evaluation saw; made when asked for, as most steps are not."""
         return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
-
-    @property
-    def adjoint(self) -> Tensors:
-        """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
-        return self._adjoint[: len(levels.parameters(self.lower))]
-
-    @property
-    def inequality_multipliers(self) -> dict[str, Tensors]:
-        """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
-        return {k: clones(held) for k, held in self._sets.saved().items()}
 
     def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
         rule, moving = self.penalty.rule, self._moving_lower()
@@ -325,13 +320,13 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
         how = self._scope, self.allow_unused, self.penalty.lower_is_map, self.curvature
-        self._dependence.look(losses, at, names, self._moving_lower_names(), *how)
+        losses = self._dependence.look(losses, at, names, self._moving_lower_names(), *how)
         if not for_upper and engines.reads_live(self.curvature):
             at, names = Pair((), at.lower), []
         at = engines.engine_point(self.curvature, at)
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        evaluation = self._sets.upper.restricted(evaluation, at, losses.upper_values, self.reduce)
+        evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         engines.observe(self.curvature, norms.adjoint_residual, norms.slope)
         unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
@@ -352,50 +347,5 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         rest = self.upper, self.lower, guard, self._lower_is_map(), self._sets.inequalities
         return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
 
-    def _moving_lower(self) -> list[bool]:
-        moving = [p.requires_grad for p in levels.parameters(self.lower)]
-        return moving + [True] * len(self._sets.lower.multipliers)
-
-    def _merged(self, adjoint: Tensors) -> Tensors:
-        """``adjoint`` of the moving lower parameters, with the multiplier for the others."""
-        fresh = iter(adjoint)
-        pairs = zip(self._dual.multiplier, self._moving_lower(), strict=True)
-        return tuple(next(fresh) if moves else held for held, moves in pairs)
-
-    # What TwoLevelOptimizer asks of its subclasses.
-
-    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
-        if level == "lower":
-            end = len(self._adjoint) - len(self._sets.lower.multipliers)
-            self._dual = self._dual.extended(parameters, end)
-            self._adjoint = (*self._adjoint[:end], *zeros_for(parameters), *self._adjoint[end:])
-        self._dependence.due = True
-
     def _lower_is_map(self) -> bool:
         return self.penalty.lower_is_map
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "penalty": self.penalty.name,
-            "adjoint": list(self._adjoint),
-            **self._dual.packed(),
-            "inequalities": self._sets.saved(),
-            **self._counts,
-            "engine": engines.packed(self.curvature),
-        }
-
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        if own["penalty"] != self.penalty.name:
-            raise ValueError(
-                f"the checkpoint was made with penalty {own['penalty']!r}, this optimizer has "
-                f"{self.penalty.name!r}"
-            )
-        self._sets.check(own["inequalities"], self._dual).check(own)
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._dual = self._sets.check(own["inequalities"], self._dual).unpacked(own)
-        self._sets.load(own["inequalities"], levels.parameters(self.upper)[0].device)
-        self._adjoint = placed(own["adjoint"], self._dual.multiplier)
-        self._counts = {name: own[name] for name in self._counts}
-        engines.unpack(self.curvature, own["engine"])

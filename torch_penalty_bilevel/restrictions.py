@@ -40,6 +40,8 @@ class Restriction:
         self.inequalities: tuple[Inequality, ...] = ()
         self.multipliers: Tensors = ()
         """mu or z of each inequality, >= 0; empty until the first evaluation shows their shapes."""
+        self._seen: tuple[Tensor, Tensors] | None = None
+        """The loss and h in the last evaluation of the augmented loss."""
         given: Any = () if constraint is None else constraint
         each: Any
         for each in given if isinstance(given, (list, tuple)) else (given,):
@@ -103,15 +105,22 @@ class Restriction:
     # Inequalities.
 
     def with_multipliers(self, loss: Loss, values: Sequence[Loss]) -> Loss:
-        """The augmented loss; lower multipliers are the last entries of ``lower``."""
+        """The augmented loss; lower multipliers are the last entries of ``lower``.
+
+        What it saw stays for ``restricted``: a closure that draws, called again, says otherwise.
+        """
         if not values:
             return loss
 
         def augmented(upper: Tensors, lower: Tensors) -> Tensor:
+            total = plain = loss(upper, lower)
+            seen = [h(upper, lower) for h in values]
+            if self.level == "upper":
+                self._seen = _bare(plain), tuple(_bare(h) for h in seen)
+                self.multipliers = self.multipliers or zeros_for(self._seen[1])
             held = self.multipliers if self.level == "upper" else lower[-len(values) :]
-            total = loss(upper, lower)
-            for inequality, h, multiplier in zip(self.inequalities, values, held, strict=True):
-                total = total + self._term(inequality, h(upper, lower), multiplier)
+            for triple in zip(self.inequalities, seen, held, strict=True):
+                total = total + self._term(*triple)
             return total
 
         return augmented
@@ -127,20 +136,16 @@ class Restriction:
         shifted = (multiplier + inequality.weight * h).clamp(min=0)
         return (shifted.square() - multiplier.square()).sum() / (2 * inequality.weight)
 
-    def restricted(
-        self, evaluation: Evaluation, at: Pair, values: Sequence[Loss], reduce: Reduce
-    ) -> Evaluation:
+    def restricted(self, evaluation: Evaluation, at: Pair, reduce: Reduce) -> Evaluation:
         """An upper evaluation with the plain f, h, and the gradient in the critical face's span."""
-        seen = tuple(h(*at).detach() for h in values)
-        upper_loss = evaluation.upper_loss
-        for triple in zip(self.inequalities, seen, self.multipliers, strict=True):
-            upper_loss = upper_loss - self._term(*triple).to(upper_loss)
+        upper_loss, values = self._seen or (evaluation.upper_loss, ())
+        self._seen = None
         face = self.faces(at.upper, evaluation.upper_grad)
         return evaluation._replace(
             upper_loss=upper_loss,
             upper_grad=face.optional_tangent(evaluation.upper_grad),
             upper_face=face,
-            upper_values=reduce(seen) if seen else (),
+            upper_values=reduce(values) if values else (),
         )
 
     def ascend(self, values: Tensors) -> None:
@@ -190,6 +195,11 @@ def upper_projection(constraint: Any, rule: Optimizer) -> Restriction:
         )
     restriction.check_start(names(rule, "upper"), parameters(rule))
     return restriction
+
+
+def _bare(value: Tensor) -> Tensor:
+    """The numbers alone, also of a tensor inside ``torch.func.grad``."""
+    return torch.func.debug_unwrap(value.detach(), recurse=True)
 
 
 class Restrictions:
@@ -254,18 +264,16 @@ class Restrictions:
                 )
 
     def start(self, losses: Losses, at: Pair, dual: DualState) -> DualState:
-        """Zero multipliers where there are none yet, and room for z in ``dual``."""
-        upper_held, lower_held = (len(held) for held in self.multipliers)
-        if (upper_held, lower_held) == (len(losses.upper_values), len(losses.lower_values)):
+        """Zero multipliers of the lower level where there are none yet, and room for z in ``dual``.
+
+        Those of the upper level come with the first evaluation; z is a variable of it.
+        """
+        if len(self.lower.multipliers) == len(losses.lower_values):
             return dual
         random = RandomState(p.device for p in (*at.upper, *at.lower))
-        if upper_held < len(losses.upper_values):
-            self.upper.multipliers = zeros_for([h(*at).detach() for h in losses.upper_values])
-        if lower_held < len(losses.lower_values):
-            self.lower.multipliers = zeros_for([h(*at).detach() for h in losses.lower_values])
-            dual = dual.extended(self.lower.multipliers)
+        self.lower.multipliers = zeros_for([h(*at).detach() for h in losses.lower_values])
         random.restore()
-        return dual
+        return dual.extended(self.lower.multipliers)
 
     def applied(self, losses: Losses) -> Losses:
         """Both losses with their multiplier terms, and the faces of v."""

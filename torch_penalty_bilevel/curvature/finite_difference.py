@@ -8,6 +8,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
+from .. import graph
 from ..in_place import restored
 from ..randomness import RandomState
 from ..repeats import check_repeats
@@ -41,7 +42,8 @@ class FiniteDifference:
     Forward: 2 plain gradients of g with r included, central: 3; activations as in plain training.
     Works with flash attention, compiled modules, cuDNN RNNs and (non-reentrant) checkpointing.
     Both evaluations see the same random numbers and the same buffers, and v is restored by copy,
-    so it is bit-equal afterwards.
+    so it is bit-equal afterwards. Under autocast to 16 bits, where a difference over a short shift
+    is rounding, h is that of the coarse dtype.
 
     It is not autograd's Hessian where g has kinks: a ReLU network's gradient changes across
     a kink by a finite amount that the almost-everywhere Hessian omits.
@@ -69,6 +71,7 @@ class FiniteDifference:
         self.product_cost = 2 if central else 1
         # Looking through a graph and calling a closure twice is done once.
         self._inspected_upper = self._closure_repeats = False
+        self._computed_in: torch.dtype | None = None
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         result = first_order(loss, at, inspect=not self._inspected_upper)
@@ -78,10 +81,11 @@ class FiniteDifference:
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         del reusable  # nothing is freed, so it always is
         random = RandomState(t.device for t in (*at.upper, *at.lower))
-        value, here = first_order(loss, at, inspect=not self._closure_repeats)
+        looked_at = loss if self._closure_repeats else self._looking(loss)
+        value, here = first_order(looked_at, at, inspect=not self._closure_repeats)
         if not self._closure_repeats:
             self._check_repeats(loss, at, value, random)
-        step, central = self._step_for(at.lower)
+        step, central = self._step_for((*at.lower, *self._stand_in(at.lower)))
         radius = step * _positive_or_one(norm([v.detach() for v in at.lower]))
 
         def product(direction: Tensors) -> OptionalPair:
@@ -102,6 +106,22 @@ class FiniteDifference:
             for r, v in zip(here.lower, at.lower, strict=True)
         )
         return Linearised(value, residual, product)
+
+    def _looking(self, loss: Loss) -> Loss:
+        def looked_at(upper: Tensors, lower: Tensors) -> Tensor:
+            value = loss(upper, lower)
+            self._computed_in = graph.coarsest(value)
+            return value
+
+        return looked_at
+
+    def _stand_in(self, lower: Tensors) -> Tensors:
+        """A tensor of every dtype that g is computed in beside those of v."""
+        dtypes = {self._computed_in} - {None}
+        for kind in {v.device.type for v in lower}:
+            if torch.is_autocast_enabled(kind):
+                dtypes.add(torch.get_autocast_dtype(kind))
+        return tuple(torch.empty(0, dtype=dtype) for dtype in dtypes)
 
     def _step_for(self, lower: Tensors) -> tuple[float, bool]:
         central = _is_central(lower) if self.central is None else self.central

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from .barrier import Restriction
+import torch
+from torch import Tensor
+
+from ..errors import NondeterministicClosureError
+from .barrier import Restriction, as_list
 from .losses import Losses, PureLoss
 from .restarts import Ended, Task, search
 from .result import MinimizeResult
@@ -60,6 +65,7 @@ def minimize(
         NonFiniteError: a loss or a derivative is not finite where it must be.
         UnusedParameterError: an upper tensor on which nothing depends.
         DoubleBackwardError: an operation cannot be differentiated often enough.
+        NondeterministicClosureError: a loss or an inequality, called again, returns something else.
         ValueError: an argument out of range.
         TypeError: losses that are not callable, leaves that are not floating-point tensors.
 
@@ -83,6 +89,8 @@ def minimize(
         )
         starts = limits[0].free(task.upper), limits[1].free(task.lower)
         losses = Losses(task.upper_loss, task.lower_loss, *starts, limit)
+        if spent == 0:
+            _check_deterministic(task)
         both = task.upper_loss, task.lower_loss
         fine = max(tolerance, 100 * losses.eps)
         return Solver(losses, fine, callback, limits, both, spent, task.weight).run()
@@ -102,3 +110,26 @@ def _check(
         raise ValueError(f"max_evaluations must be >= 1, got {max_evaluations}")
     if not restarts >= 0:
         raise ValueError(f"restarts must be >= 0, got {restarts}")
+
+
+def _check_deterministic(task: Task) -> None:
+    """Call everything twice at the start."""
+    called: dict[str, Callable[[Any, Any], Any]] = {
+        "upper_loss": task.upper_loss,
+        "lower_loss": task.lower_loss,
+    }
+    for level in ("upper", "lower"):
+        for each in as_list(getattr(task, f"{level}_constraint")):
+            if hasattr(each, "closure"):
+                called[f"the closure of {level}_constraint's Inequality"] = each.closure
+    for name, function in called.items():
+        first, again = (function(task.upper, task.lower) for _ in range(2))
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            continue  # refused with its reason where it is used
+        close = torch.finfo(first.dtype).eps ** 0.5  # sums may be ordered differently
+        if not torch.allclose(first, again, rtol=close, atol=close, equal_nan=True):
+            raise NondeterministicClosureError(
+                f"{name} returned {first.detach()} and, called again at the start, "
+                f"{again.detach()}; minimize solves deterministic problems: draw the data outside, "
+                "in eval mode, or use PenaltyBilevelOptimizer"
+            )
