@@ -17,10 +17,10 @@ from .buffers import BufferGuard
 from .checks import check_count, check_dependence, raise_unused, zeros_in_a_row
 from .closures import Closure, Closures
 from .curvature import Curvature
+from .dual_memory import RemembersDual
 from .evaluation import Evaluation, Norms, measure
 from .first_look import FirstLook
 from .levels import Parameters
-from .memory import RemembersDual
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
