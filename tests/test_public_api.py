@@ -238,7 +238,7 @@ LAYERS = {
         "tensors",
     },
     "solve": {"constraints", "curvature", "errors", "graph", "linear_solve", "pytrees"},
-    "memory": {
+    "dual_memory": {
         "composite",
         "curvature",
         "dual",
@@ -257,7 +257,7 @@ LAYERS = {
         "evaluation",
         "first_look",
         "levels",
-        "memory",
+        "dual_memory",
         "metrics",
         "penalties",
         "report",

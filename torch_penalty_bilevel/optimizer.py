@@ -17,9 +17,9 @@ from .buffers import BufferGuard
 from .checks import DependenceWatch, check_count, raise_unused, zeros_in_a_row
 from .closures import Closure, Closures
 from .curvature import Curvature
+from .dual_memory import RemembersDual
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
-from .memory import RemembersDual
 from .metrics import Metrics
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
