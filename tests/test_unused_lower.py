@@ -80,10 +80,10 @@ def test_a_head_moves_as_under_a_rule_that_steps_when_it_is_used():
 
 def test_the_tracker_of_a_head_that_is_not_used_stays():
     run = Heads(penalty="value").run([0, 1, 0, 0])
-    kept = run.optimizer.state_dict()["bilevel"]
+    kept = run.optimizer._own_state()
     z, buffer = kept["tracker"][2].clone(), kept["moments"][2]["momentum_buffer"].clone()
     run.run([0, 0])
-    after = run.optimizer.state_dict()["bilevel"]
+    after = run.optimizer._own_state()
     assert torch.equal(after["tracker"][2], z)
     assert torch.equal(after["moments"][2]["momentum_buffer"], buffer)
     assert not torch.equal(after["tracker"][1], kept["tracker"][1])

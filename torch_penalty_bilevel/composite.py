@@ -285,7 +285,8 @@ class TwoLevelOptimizer(Optimizer):
         for position, (number, parameter) in enumerate(zip(numbers, here, strict=False)):
             for key, value in state_dict["state"].get(number, {}).items():
                 is_like = isinstance(value, Tensor) and value.dim() == parameter.dim()
-                if is_like and key not in ("row_var", "col_var") and value.shape != parameter.shape:
+                own = key in ("row_var", "col_var") or key.startswith("bilevel_")
+                if is_like and not own and value.shape != parameter.shape:
                     raise ValueError(
                         f"the checkpoint's {key!r} of parameter {position} has shape "
                         f"{tuple(value.shape)}, the parameter here {tuple(parameter.shape)}; "

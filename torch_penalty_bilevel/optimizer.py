@@ -164,7 +164,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
 
         An evaluation calls each closure once, and g again with the same random numbers for every
         gradient of a ``"finite_difference"``, for the second point of ``"value"`` and where
-        ``"auto"`` compares engines. The first call runs uncompiled, to see what the closures use, as
+        ``"auto"`` compares engines. The first call runs uncompiled, to see what closures use, as
         does the first with new lines of code, which calls them once more; it repeats closures
         where the engine is ``"finite_difference"`` or ``"functional"`` or a lower ``Inequality``
         has to show its shape. So a closure may draw its own batch, next(loader), with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from typing import Any
@@ -94,7 +95,7 @@ class Automatic:
             self._next_look = self._evaluations + self._gap
             self._alarm = self._alarm.reset()
             return (self._compared if self._works else self._rechecked)(loss, at, reusable)
-        if self._works or self.switched:
+        if self.switched:
             return self.current.linearise(loss, at, reusable=reusable)
         return self._tried(loss, at, reusable)
 
@@ -149,16 +150,22 @@ class Automatic:
     # Must it?
 
     def _tried(self, loss: Loss, at: Pair, reusable: bool) -> Linearised:
-        """By double backward, or after its first refusal by differences."""
-        random = RandomState(t.device for t in (*at.upper, *at.lower))
+        """By double backward, or after its refusal by differences.
+
+        Graphs are looked through, and random numbers kept, until it has worked once.
+        """
+        random, unknown = None, loss
+        if not self._works:
+            random = RandomState(t.device for t in (*at.upper, *at.lower))
+            unknown = _without_custom_functions(loss)
 
         def again(reason: DoubleBackwardError) -> Linearised:
             self.switch(reason.reason)
-            with random.replayed():
+            with random.replayed() if random else contextlib.nullcontext():
                 return self.current.linearise(loss, at, reusable=reusable)
 
         try:
-            tried = self._exact.linearise(_without_custom_functions(loss), at, reusable=reusable)
+            tried = self._exact.linearise(unknown, at, reusable=reusable)
         except DoubleBackwardError as error:
             return again(error)
 
