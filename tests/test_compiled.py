@@ -85,7 +85,7 @@ def test_steps_are_those_of_the_eager_code(form, engine):
     assert_same(mine, expected, atol=1e-6)
     assert counter.frame_count <= 2  # f and g, or one module at two batch sizes
     switched = "switched to finite differences: torch.compile leaves no second derivative"
-    assert warned == ([switched] if engine == "auto" else [])
+    assert [text.split(". ")[0] for text in warned] == ([switched] if engine == "auto" else [])
 
 
 def test_through_inductor(monkeypatch):

@@ -87,9 +87,11 @@ def test_groups_may_be_added_and_parameters_frozen(penalty):
     task.run(3)
     after = task.optimizer._own_state()
     assert torch.equal(frozen, held)
-    for kept in ("multiplier", "tracker")[: 1 + (penalty == "value")]:
-        assert torch.equal(before[kept][0], after[kept][0])
-        assert not torch.equal(before[kept][1], after[kept][1])
+    assert torch.equal(before["multiplier"][0], after["multiplier"][0])
+    assert not torch.equal(before["multiplier"][1], after["multiplier"][1])
+    if penalty == "value":  # a frozen v is its own tracker
+        assert torch.equal(after["tracker"][0], held)
+        assert not torch.equal(before["tracker"][1], after["tracker"][1])
     frozen.requires_grad_(True)
     task.run(1)
     assert not torch.equal(frozen.detach(), held)
@@ -124,7 +126,8 @@ def test_a_raising_closure_leaves_everything_untouched(penalty, lower_steps, war
         else:
             break
     per_evaluation = 3 if penalty == "value" else 2
-    assert calls == per_evaluation * lower_steps
+    # These lines of code are new to a warm optimizer, which looks once at what they use.
+    assert calls == per_evaluation * lower_steps + (2 if warm else 0)
 
 
 def tracked(task):
@@ -173,7 +176,7 @@ def test_a_non_finite_quantity_is_named_and_nothing_changes(penalty, quantity, c
         nonlocal calls
         calls += 1
         value = task.lower()
-        if calls != abs(call):
+        if calls != abs(call) + 1:  # the first looks at what these new lines of code use
             return value
         if call < 0:  # finite with an infinite slope at this very point
             bias = task.net[4].bias

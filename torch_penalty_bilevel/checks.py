@@ -228,15 +228,17 @@ class DependenceWatch:
         """
         if not self.due and not scope.is_new:
             return losses
-        seen = FirstLook(losses, at, engine)
+        seen = FirstLook(losses, at, engine) if self.due else None
         with scope.searching():
-            if self.due:
+            if seen:
                 how = allow_unused, lower_is_map, engine
                 found = check_dependence(seen.losses, at, names, *how)
                 self._name_unused(lower_names, found)
             _check_kept_state(losses, at, scope, called=self.due)
-        seen.open()
         self.due = False
+        if seen is None or scope.compiled:  # of which the search saw the uncompiled graph
+            return losses
+        seen.open()
         return seen.losses
 
     def _name_unused(self, lower_names: Sequence[str], found: Dependence) -> None:

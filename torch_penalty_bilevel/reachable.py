@@ -34,6 +34,8 @@ class Reached(NamedTuple):
     """Each once; their submodules are reached through them."""
     tensors: dict[str, Tensor]
     """By the name of the variable, attribute or entry that holds them."""
+    compiled: bool
+    """Is anything behind ``torch.compile`` among them?"""
 
 
 def reached_by(function: Callable[..., Any]) -> Reached:
@@ -41,7 +43,11 @@ def reached_by(function: Callable[..., Any]) -> Reached:
     search = _Search(_package(function))
     search.follow(function, getattr(function, "__name__", type(function).__name__))
     search.run()
-    return Reached(list(search.modules.values()), search.tensors)
+    modules = list(search.modules.values())
+    compiled = search.compiled or any(
+        part._compiled_call_impl is not None for module in modules for part in module.modules()
+    )
+    return Reached(modules, search.tensors, compiled)
 
 
 def code_of(function: Callable[..., Any]) -> types.CodeType | None:
@@ -63,6 +69,7 @@ def code_of(function: Callable[..., Any]) -> types.CodeType | None:
 class _Search:
     def __init__(self, home: str) -> None:
         self._home = home  # the closure's own package, which may itself be an installed one
+        self.compiled = False
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
         self._names: set[str] = set()
@@ -96,6 +103,7 @@ class _Search:
     def _look_at(self, value: Any, name: str) -> None:
         if isinstance(value, nn.Module):
             self.modules[id(value)] = value
+            self.compiled |= hasattr(value, "_torchdynamo_orig_callable")
             self._methods(value, name)
         elif isinstance(value, types.FunctionType):
             self._function(value)
@@ -144,6 +152,7 @@ class _Search:
     def _function(self, function: Any) -> None:
         inner = getattr(function, "_torchdynamo_orig_callable", None)
         if inner is not None:  # the wrapper's own cells hold the compiler
+            self.compiled = True
             self.follow(inner, function.__name__)
             return
         if self._is_foreign(function):

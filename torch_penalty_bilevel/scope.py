@@ -34,6 +34,8 @@ class Scope:
         self.searches = False
         self.is_new = True
         """Do the closures of this step come from lines of code that no search has seen?"""
+        self.compiled = False
+        """Did the last search meet code that is compiled at other times?"""
         self.written: dict[str, None] = {}
         """Names of tensors that closures wrote into during the search, in order."""
         self.rebound: dict[str, Tensor] = {}
@@ -56,7 +58,7 @@ class Scope:
     def searching(self) -> Generator[None]:
         """Find inside the block what evaluations use beyond what their functions name."""
         before = set(self._found)
-        self.written, self.rebound = {}, {}
+        self.written, self.rebound, self.compiled = {}, {}, False
         self.searches = True
         try:
             with _uncompiled():
@@ -88,6 +90,7 @@ class Scope:
                 found.add(module)
 
         before = _constants(function)
+        self.compiled |= reached_by(function).compiled
         hook = register_module_forward_pre_hook(note)
         try:
             yield
