@@ -66,6 +66,8 @@ class Norms(NamedTuple):
     """NaN where only v was about to move."""
     curvature: float
     """<q, H q>, which has a sign; 0 where nothing asked for it."""
+    tracker: float = 0.0
+    """||z||; 0 without z."""
 
 
 def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
@@ -92,6 +94,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
             "residual grad_v g": evaluation.residual,
             "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
             "tracker residual grad_v g(u, z)": evaluation.tracker_residual,
+            "tracker z": evaluation.tracker,
             "upper slope grad_v f": evaluation.slope_norms,
             "second-order product H q": evaluation.product_norms,
             "adjoint residual grad_v f + H q": evaluation.adjoint_residual,
@@ -109,11 +112,21 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
                 "rates, clip gradients with a step hook on optimizer.lower or optimizer.upper, or "
                 "look for log(0) and division by zero in the losses"
             )
-    _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, _, *parts = (
+    _, _, adjoint, residual, _, _, tracker, slope, product, adjoint_residual, probe, _, *parts = (
         totals.values()
     )
     upper_grad = math.hypot(*parts) if names else math.nan
-    return Norms(adjoint, residual, adjoint_residual, slope, product, probe, upper_grad, curvature)
+    return Norms(
+        adjoint,
+        residual,
+        adjoint_residual,
+        slope,
+        product,
+        probe,
+        upper_grad,
+        curvature,
+        tracker,
+    )
 
 
 def _on_host(blocks: dict[str, Tensors]) -> dict[str, list[float]]:
