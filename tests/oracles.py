@@ -69,7 +69,7 @@ class LeastSquaresTwin:
             self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
             left = 1 - 1 / (self.k + 1)
             self.D = max(math.sqrt(self.R) / self.L, left * self.D)
-            self.held = max(math.sqrt(self.S), left * self.held)
+            self.held = max(math.sqrt(self.S), (1 - 1 / (self.k + 101)) * self.held)
             now = math.hypot(a.norm(), f_v.norm())
             slope = max(self.held, math.sqrt(self.A + self.S), now)
             self.w = self.share * self.L * self.D / slope
@@ -136,7 +136,7 @@ class ValueGapTwin:
         if self.L == 0.0:
             return float(f_v.norm() / r.norm())
         now = max(float(r.norm()), math.sqrt(self.R)) / self.L
-        early = float(self.z.norm()) / math.sqrt(1 + self.k / 100)
+        early = 0.1 * float(self.z.norm()) / math.sqrt(1 + self.k / 1000)
         self.D = max(now, left * self.D, early)
         return self.S / (self.L * self.D)
 

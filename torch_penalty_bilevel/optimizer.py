@@ -285,9 +285,7 @@ class PenaltyBilevelOptimizer(TwoLevelOptimizer):
         """Is the hypergradient of this step still too rough for u to follow it?"""
         ready = norms.adjoint_residual <= 0.5 * norms.slope
         left = self._counts["warmup_left"]
-        # While f is silent (grad_v f = 0) u may move, but nothing shows that q is ready for f.
-        done = ready and norms.slope > 0
-        self._counts["warmup_left"] = 0 if done else max(left - 1, 0)
+        self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
         return left > 0 and not ready
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:

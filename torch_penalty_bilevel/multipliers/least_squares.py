@@ -36,8 +36,9 @@ class LeastSquares(MultiplierRule):
 
     w = share * L * D / S, where D holds the length rms(r) / L, about the way of v to the lower
     solution, and S the slope rms(grad_v f): the pull is a fixed share of g's own gradient, whatever
-    the units of f and g. Both are maxima that fade no faster than 1/t, from averages over about
-    100 steps. D: once v is at a minimiser of g, r no longer says how far the upper loss has still
+    the units of f and g. Both are maxima that fade no faster than 1/t (S: 1/(t + 100), so
+    that it never fades before D), from averages over about 100 steps.
+    D: once v is at a minimiser of g, r no longer says how far the upper loss has still
     to carry it along the set of minimisers. S: where both vanish, at a solution that f likes best,
     their ratio says nothing, and w would grow until it throws v out. The present
     ||a|| and ||grad_v f|| count in S at once, so that a loss that was zero for a while meets a w

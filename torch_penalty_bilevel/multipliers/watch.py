@@ -7,7 +7,8 @@ batches of 200 sits between 0.9 and 1.7 while it works.
 
 A ratio of two small numbers says nothing. Where f is silent (grad_v f = 0 at this step) or ||a|| is
 far below what grad_v f has been, nothing is reported: a run that has solved its problem, or whose
-hinge is satisfied, is not ill. What has been is a maximum that fades like 1 / t.
+hinge is satisfied, is not ill. What has been is a maximum that fades like 1 / (t + 100):
+the averages need as long to fill.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def seen(scalars: dict[str, float], norms: Norms, steps: int) -> dict[str, float
     """``scalars`` with the averages after one more evaluation, the ``steps``-th from 0."""
     adjoint = _average(scalars["adjoint_square"], norms.adjoint_residual)
     slope = _average(scalars["slope_square"], norms.slope)
-    held = max(math.sqrt(slope), scalars["slope"] * steps / (steps + 1))
+    faded = scalars["slope"] * (steps + _PATIENCE) / (steps + _PATIENCE + 1)
+    held = max(math.sqrt(slope), faded)
     return scalars | {"adjoint_square": adjoint, "slope_square": slope, "slope": held}
 
 
