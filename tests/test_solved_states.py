@@ -114,9 +114,9 @@ def test_trouble_is_reported_again_after_it_was_over():
 def test_warmup_does_not_end_while_f_is_silent():
     u, v, on = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True), 0.0
     optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=1e-6, warmup_steps=50)
-    for k in range(6):
+    before = u.detach().clone()
+    for k in range(8):
         on = float(k >= 5)
-        before = u.detach().clone()
         optimizer.step(
             lambda: on * (v - 1).square().sum(),  # noqa: B023
             lambda: (torch.tensor([1.0, 1e-4]) * v * v).sum() / 2 - (u * v).sum(),
