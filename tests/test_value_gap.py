@@ -14,7 +14,7 @@ VALUE_OPTIONS = [
     {},
     {"weight": 4.0, "growth": 0.1},
     {"weight": 7.0, "relative": False, "growth": 0.05},
-    {"cap": 1.5},
+    {"weight": 20.0},
 ]
 
 
@@ -80,8 +80,6 @@ def test_relative_weight_does_not_see_units(scale_f, scale_g):
         ({"weight": 0}, "weight must be > 0, got 0"),
         ({"weight": math.inf}, "weight must be > 0, got inf"),
         ({"growth": -1}, "growth must be >= 0, got -1"),
-        ({"cap": 0.5}, "cap must be >= 1, got 0.5"),
-        ({"cap": math.nan}, "cap must be >= 1, got nan"),
     ],
 )
 def test_value_option_errors(arguments, message):
@@ -189,23 +187,24 @@ def test_toy_with_spurious_stationary_points_reaches_its_solution_set():
 
 
 def test_quadratic_is_solved_without_tuning():
-    """The relative weight grows by itself: the bias falls below that of any fixed early weight."""
+    """The relative weight grows by itself: the bias falls below that of a gamma of 10."""
     S = -torch.linalg.solve(A, C.T)
     reduced = torch.func.grad(lambda x: quadratic_f(x, S @ x))
     best = -torch.linalg.solve(torch.func.jacrev(reduced)(torch.zeros(3)), reduced(torch.zeros(3)))
-    errors = {}
-    for cap in (1.0, 1e4):
+    errors = []
+    for relative in (True, False):
+        penalty = ValueGap(weight=10.0, relative=relative)
         u, v, optimizer = build(
-            *start(), upper_lr=0.05, lower_lr=0.05, lower_steps=3, penalty=ValueGap(cap=cap)
+            *start(), upper_lr=0.05, lower_lr=0.05, lower_steps=3, penalty=penalty
         )
         f, g = closures("quadratic", u, v, "auto")
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
         for _ in range(500):
             optimizer.step(f, g)
             scheduler.step()
-        errors[cap] = float((u.detach() - best).norm())
-    assert errors[1e4] < 0.1
-    assert errors[1.0] > 5 * errors[1e4]
+        errors.append(float((u.detach() - best).norm()))
+    assert errors[0] < 0.2  # a gamma of 100 ends at 0.165
+    assert errors[1] > 3 * errors[0]
 
 
 def test_value_from_an_exact_lower_solution_still_moves():

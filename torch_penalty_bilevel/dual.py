@@ -12,6 +12,8 @@ from .evaluation import Evaluation, Norms
 from .moments import Moments, relocated
 from .tensors import Tensors, clones, placed, zeros_for
 
+_RETIRED = {"first_weight"}
+
 
 class DualState(NamedTuple):
     """What a rule remembers; scalars are Python numbers."""
@@ -97,7 +99,8 @@ class DualState(NamedTuple):
         here = [tuple(t.shape) for t in self.multiplier]
         if theirs != here:
             raise ValueError(f"the checkpoint's multiplier has shapes {theirs}, expected {here}")
-        if saved["scalars"].keys() != self.scalars.keys():
+        # Of an earlier version: what it lacks starts anew, what is no longer kept is dropped.
+        if saved["scalars"].keys() - self.scalars.keys() - _RETIRED:
             raise ValueError(
                 f"the checkpoint holds {sorted(saved['scalars'])}, this rule needs "
                 f"{sorted(self.scalars)}; construct with the rule that made it"
@@ -109,7 +112,7 @@ class DualState(NamedTuple):
         return DualState(
             placed(saved["multiplier"], self.multiplier),
             placed(saved["probe"], self.probe),
-            dict(saved["scalars"]),
+            {name: saved["scalars"].get(name, value) for name, value in self.scalars.items()},
             saved["lower_steps"],
             placed(saved["tracker"], self.tracker),
             tuple(relocated(memory, like) for memory, like in pairs),

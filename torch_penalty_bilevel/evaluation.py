@@ -69,6 +69,8 @@ class Norms(NamedTuple):
     """NaN where only v was about to move."""
     curvature: float
     """<q, H q>, which has a sign; 0 where nothing asked for it."""
+    tracker: float = 0.0
+    """||z||; 0 without z."""
     silent: tuple[bool, ...] = ()
     """For each lower tensor: are r, grad_v f and H q exactly zero, as where no loss uses it?"""
 
@@ -106,6 +108,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
             _RESIDUAL: evaluation.residual,
             "lower loss g(u, z) at the tracker": evaluation.tracker_loss,
             _PULL: evaluation.tracker_residual,
+            "tracker z": evaluation.tracker,
             _SLOPE: evaluation.slope_norms,
             _PRODUCT: evaluation.product_norms,
             "adjoint residual grad_v f + H q": evaluation.adjoint_residual,
@@ -124,7 +127,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
                 "look for log(0) and division by zero in the losses; under autocast use bfloat16, "
                 "which needs no GradScaler"
             )
-    _, _, adjoint, residual, _, _, slope, product, adjoint_residual, probe, _, *parts = (
+    _, _, adjoint, residual, _, _, tracker, slope, product, adjoint_residual, probe, _, *parts = (
         totals.values()
     )
     upper_grad = math.hypot(*parts) if names else math.nan
@@ -137,6 +140,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         probe,
         upper_grad,
         curvature,
+        tracker,
         silent=_silent(numbers),
     )
 

@@ -280,7 +280,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         """Is the hypergradient of this step still too rough for u to follow it?"""
         ready = norms.adjoint_residual <= 0.5 * norms.slope
         left = self._counts["warmup_left"]
-        self._counts["warmup_left"] = 0 if ready else max(left - 1, 0)
+        self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
         return left > 0 and not ready
 
     def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:

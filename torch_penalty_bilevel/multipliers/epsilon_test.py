@@ -11,6 +11,11 @@ import math
 from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation, Norms
 from ..tensors import Tensors, axpy, norm, zeros_for
+from . import watch
+
+# A multiplier that moves by a test may never move. By then v has settled, and q with it.
+_PATIENCE = 1000
+_LITTLE_WORTH = 0.5
 
 
 class EpsilonTest(MultiplierRule):
@@ -33,6 +38,9 @@ class EpsilonTest(MultiplierRule):
 
     r and its product share a minibatch, so E||r_B||^2 = ||r||^2 + tr(Sigma)/B biases the upper
     gradient when the closures draw batches; with full batches there is no bias.
+
+    A certificate ||a|| that after 1,000 lower steps is still above half of what q = 0 has is
+    reported (``BilevelWarning``): gamma is too small for this problem, or the test never fires.
 
     Args:
         weight: initial gamma, multiplies ||r||^2 / 2; > 0.
@@ -70,7 +78,7 @@ class EpsilonTest(MultiplierRule):
 
     def start(self, lower: Tensors) -> DualState:
         scalars = {"weight": self.weight, "damping": self.damping, "tolerance": self.tolerance}
-        return DualState(zeros_for(lower), (), scalars, 0)
+        return DualState(zeros_for(lower), (), scalars | watch.START, 0)
 
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
         return axpy(state.scalars["weight"], residual, state.multiplier)
@@ -78,7 +86,10 @@ class EpsilonTest(MultiplierRule):
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, DualState]:
-        return self._lower_direction(state, evaluation), state._replace(steps=state.steps + 1)
+        seen = watch.seen(state.scalars, norms, state.steps)
+        scalars = watch.looked_at(seen, norms, state.steps, _LITTLE_WORTH, _PATIENCE)
+        direction = self._lower_direction(state, evaluation)
+        return direction, state._replace(scalars=scalars, steps=state.steps + 1)
 
     def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
         lower_grad = float(norm(self._lower_direction(state, evaluation)))
@@ -87,7 +98,8 @@ class EpsilonTest(MultiplierRule):
         old = state.scalars
         return state._replace(
             multiplier=axpy(old["weight"], evaluation.residual, state.multiplier),
-            scalars={
+            scalars=old
+            | {
                 "weight": old["weight"] * self.growth,
                 "damping": old["damping"] * self.decay,
                 "tolerance": old["tolerance"] * self.decay,

@@ -28,14 +28,24 @@ class LeastSquares(MultiplierRule):
     not depend on the batch at hand, so the upper gradient is unbiased under minibatches.
 
     L bounds ||H||_2: the running maximum of ||H q|| / ||q|| and of a power iteration that costs one
-    more product in the first 10 lower steps and in every 20th after. The ratio alone will
-    not do: nu lives where H is flat, so it sees too little curvature and the stiffest direction
-    of nu then grows.
+    more product in the first 10 lower steps, in every 20th after, and in every step in which its
+    last product was under a tenth of L. The ratio alone will not do: nu lives where H is flat, so
+    it sees too little curvature and the stiffest direction of nu then grows. While the probes see
+    so much less, L is forgotten ten times faster, and while they see no curvature at all (g flat
+    for a while, every ReLU dead) L is held and nu waits.
 
-    w = share * rms(r) / rms(a, grad_v f), running averages over about 100 steps: the pull is a
-    fixed share of g's own gradient, whatever the units of f and g. It fades no faster than 1/t:
-    once v is at a minimiser of g, r no longer says how far the upper loss has still to carry it
-    along the set of minimisers.
+    w = share * L * D / S, where D holds the length rms(r) / L, about the way of v to the lower
+    solution, and S the slope rms(grad_v f): the pull is a fixed share of g's own gradient, whatever
+    the units of f and g. Both are maxima that fade no faster than 1/t (S: 1/(t + 100), so
+    that it never fades before D), from averages over about 100 steps.
+    D: once v is at a minimiser of g, r no longer says how far the upper loss has still
+    to carry it along the set of minimisers. S: where both vanish, at a solution that f likes best,
+    their ratio says nothing, and w would grow until it throws v out. The present
+    ||a|| and ||grad_v f|| count in S at once, so that a loss that was zero for a while meets a w
+    made for it. A length and not rms(r), so that w follows when g changes its scale. Where f is
+    scaled down for good, S is too large for long: then only the pull is weak. (Both fading
+    geometrically forgets that, but loses the way along a set of minimisers in long runs: error
+    2e-6 for 1e-8. Holding ||a|| in S as well stalls there, at 2e-1, after g * 1e6.)
 
     mu = ridge * L + 2 kappa, kappa the most negative curvature <nu, H nu> / ||nu||^2 seen lately,
     as a positive number: along it nu would grow without bound, while H + 2 kappa I is as far above
@@ -64,6 +74,7 @@ class LeastSquares(MultiplierRule):
     # Measured on SMD20-24 (benchmarks/smd.py): forgetting L faster, or probing only at the start,
     # lets it sink below the true curvature on the rank-deficient problems.
     _CURVATURE_MEMORY = 0.999
+    _UNBACKED_MEMORY = 0.99
     _AVERAGE_MEMORY = 0.99
     # Single batches of a non-convex g often show negative curvature that their average has not.
     _INDEFINITE_AVERAGE_MEMORY = 0.9
@@ -90,81 +101,103 @@ class LeastSquares(MultiplierRule):
         return rule
 
     def start(self, lower: Tensors) -> DualState:
-        scalars = {"weight": 0.0, "damping": self.damping, "curvature": 0.0, "pull": 0.0}
-        averages = dict.fromkeys(("residual_square", "adjoint_square", "slope_square"), 0.0)
+        scalars = {"weight": 0.0, "damping": self.damping, "pull": 0.0}
+        scales = dict.fromkeys(("curvature", "probed", "residual_square", "length"), 0.0)
         guard = dict.fromkeys(("signed_curvature", "multiplier_square", "indefinite"), 0.0)
-        scalars |= averages | guard | watch.START
+        scalars |= scales | guard | watch.START
         return DualState(zeros_for(lower), zeros_for(lower), scalars, 0)
 
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
         return state.multiplier
 
     def probes(self, state: DualState) -> bool:
-        return state.steps < self._FIRST_PROBES or state.steps % self._PROBE_EVERY == 0
+        due = state.steps < self._FIRST_PROBES or state.steps % self._PROBE_EVERY == 0
+        return due or not _is_backed(state.scalars)
 
     def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
-        if state.scalars["curvature"] > 0:
+        if state.scalars["probed"] > 0:
             return state.probe
         first = _unit(residual)
         both = axpy(1.0, first, _unit(slope))
         # Opposite directions cancel (always possible with one lower entry): then one will do.
-        return _unit(both) if float(norm(both)) > 1e-3 else first
+        fresh = _unit(both) if float(norm(both)) > 1e-3 else first
+        # What was stiff before g went flat is likely to be so when it comes back.
+        return _unit(axpy(1.0, fresh, state.probe))
 
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, DualState]:
-        scalars = self._observed(state, norms)
-        pull = scalars["pull"]
-        shift = self.ridge * scalars["curvature"] + 2.0 * scalars["indefinite"]
-        step = _ratio(1.0, scalars["curvature"] + shift)
+        scalars = self._observed(state, evaluation, norms)
         multiplier = state.multiplier
-        if shift > 0:
-            multiplier = scale(multiplier, 1.0 - shift * step)
-        multiplier = axpy(-step, evaluation.adjoint_residual, multiplier)
+        if scalars["probed"] > 0 or norms.product > 0:  # else H = 0 for all that is known
+            multiplier = self._descended(multiplier, evaluation.adjoint_residual, scalars)
         if watch.is_hopeless(scalars, state.steps):
-            multiplier, scalars = zeros_for(multiplier), watch.restarted(scalars)
+            multiplier, scalars = zeros_for(multiplier), watch.restarted(scalars, norms)
         residual = evaluation.residual
         if self.damping != 1.0:
             residual = scale(residual, self.damping)
-        direction = axpy(pull, evaluation.adjoint_residual, residual)
+        direction = axpy(scalars["pull"], evaluation.adjoint_residual, residual)
         probe = state.probe
-        if evaluation.probe_product:
-            probe = scale(evaluation.probe_product, _ratio(1.0, norms.probe_product))
+        if norms.probe_product > 0:
+            probe = scale(evaluation.probe_product, 1.0 / norms.probe_product)
         return direction, DualState(multiplier, probe, scalars, state.steps + 1)
 
-    def _observed(self, state: DualState, norms: Norms) -> dict[str, float]:
+    def _descended(
+        self, multiplier: Tensors, adjoint_residual: Tensors, scalars: dict[str, float]
+    ) -> Tensors:
+        """Nu - (a + mu nu) / (L + mu)."""
+        shift = self.ridge * scalars["curvature"] + 2.0 * scalars["indefinite"]
+        step = _ratio(1.0, scalars["curvature"] + shift)
+        if shift > 0:
+            multiplier = scale(multiplier, 1.0 - shift * step)
+        return axpy(-step, adjoint_residual, multiplier)
+
+    def _observed(self, state: DualState, evaluation: Evaluation, norms: Norms) -> dict[str, float]:
         """The scalars after seeing one more evaluation."""
-        old = state.scalars
-
-        def average(name: str, value: float, memory: float = self._AVERAGE_MEMORY) -> float:
-            return memory * old[name] + (1 - memory) * value
-
+        new = watch.seen(state.scalars, norms, state.steps)
+        probed = norms.probe_product if evaluation.probe_product else new["probed"]
+        new |= self._bounded(new, norms, probed)
+        new |= self._pulled(new, norms, state.steps)
         brief = self._INDEFINITE_AVERAGE_MEMORY
-        signed = average("signed_curvature", norms.curvature, brief)
-        length = average("multiplier_square", norms.adjoint**2, brief)
-        residual = average("residual_square", norms.residual**2)
-        adjoint = average("adjoint_square", norms.adjoint_residual**2)
-        slope = average("slope_square", norms.slope**2)
+        signed = _average(new["signed_curvature"], norms.curvature, brief)
+        length = _average(new["multiplier_square"], norms.adjoint**2, brief)
+        faded = self._INDEFINITE_MEMORY * new["indefinite"]
+        new |= {
+            "signed_curvature": signed,
+            "multiplier_square": length,
+            "indefinite": max(faded, _ratio(-signed, length)),
+        }
+        return watch.looked_at(new, norms, state.steps)
+
+    def _bounded(self, old: dict[str, float], norms: Norms, probed: float) -> dict[str, float]:
+        """The bound L."""
         seen = max(_ratio(norms.product, norms.adjoint), norms.probe_product)
-        kept = self._CURVATURE_MEMORY * old["curvature"]
-        pull = self.share * math.sqrt(_ratio(residual, adjoint + slope))
-        return watch.looked_at(
-            old
-            | {
-                "curvature": max(kept, seen, self._least_curvature),
-                "pull": max(pull, old["pull"] * state.steps / (state.steps + 1)),
-                "residual_square": residual,
-                "adjoint_square": adjoint,
-                "slope_square": slope,
-                "signed_curvature": signed,
-                "multiplier_square": length,
-                "indefinite": max(
-                    self._INDEFINITE_MEMORY * old["indefinite"], _ratio(-signed, length)
-                ),
-            },
-            state.steps,
-        )
+        memory = self._CURVATURE_MEMORY
+        if not _is_backed(old):
+            memory = self._UNBACKED_MEMORY if probed > 0 else 1.0
+        bound = max(memory * old["curvature"], seen, self._least_curvature)
+        return {"curvature": bound, "probed": probed}
+
+    def _pulled(self, old: dict[str, float], norms: Norms, steps: int) -> dict[str, float]:
+        """The pull w; ``old`` holds this step's L and the averages of the watch."""
+        residual = _average(old["residual_square"], norms.residual**2, self._AVERAGE_MEMORY)
+        bound = old["curvature"]
+        faded = old["length"] * steps / (steps + 1)
+        length = max(_ratio(math.sqrt(residual), bound), faded)
+        lately = math.sqrt(old["adjoint_square"] + old["slope_square"])
+        slope = max(old["slope"], lately, math.hypot(norms.adjoint_residual, norms.slope))
+        pull = self.share * bound * _ratio(length, slope)
+        return {"residual_square": residual, "length": length, "pull": pull}
+
+
+def _is_backed(scalars: dict[str, float]) -> bool:
+    """Did the last probe see about as much curvature as L says there is?"""
+    return scalars["probed"] >= 0.1 * scalars["curvature"]
+
+
+def _average(old: float, new: float, memory: float) -> float:
+    return memory * old + (1 - memory) * new
 
 
 def _ratio(numerator: float, denominator: float) -> float:

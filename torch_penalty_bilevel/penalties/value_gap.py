@@ -11,6 +11,7 @@ from ..curvature import Curvature, Loss, VectorJacobian
 from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation, Norms
 from ..in_place import replaced
+from ..multipliers import watch
 from ..randomness import RandomState
 from ..repeats import check_repeats
 from ..tensors import (
@@ -21,6 +22,7 @@ from ..tensors import (
     add,
     axpy,
     clones,
+    coarsest_eps,
     filled,
     norms,
     scale,
@@ -72,17 +74,27 @@ class ValueGap(MultiplierRule):
     on g.
 
     Differs from the papers: one loop, z and v moved together by any torch rule; gamma in units
-    of the two gradients.
+    of the two gradients. A certificate far worse than that of q = 0 is reported.
+
+    gamma = weight * S / (L D), where S holds the slope ||grad_v f||, D the length ||grad_v g|| / L
+    and L the curvature ||grad g(v) - grad g(z)|| / ||v - z||, known for nothing: at the start f
+    enters v's step with 1 / weight of the size of grad_v g, whatever the units of f and g. S and D
+    are maxima that fade no faster than 1 / sqrt(t), and D is at least a tenth of
+    ||z|| / sqrt(1 + t / 1000). Where v settles, ||grad_v g|| = ||grad_v f|| / gamma, so a gamma
+    that followed it would feed itself, and where both vanish their ratio would say nothing. So
+    gamma grows about like sqrt(t), from any start, also at the minimiser of g; a state that is
+    solved keeps its gamma, and an f that was zero for a while finds the gamma it had. v - z stays
+    above sqrt(eps) ||z|| / weight, or it would drown in rounding. Where f or g is scaled down by
+    many orders in mid run, gamma comes back slowly; begin anew there.
+
+    With Adam at large rates and one lower step per upper step, z and v do not lag alike and u can
+    run away (SMD20 at rates of 0.1): take more lower steps, smaller rates, or a fixed gamma
+    (``relative=False``).
 
     Args:
-        weight: > 0. With ``relative``, gamma = weight * rms(grad_v f) / rms(grad_v g), running
-            averages over about 100 lower steps: f enters v's step with 1 / weight of the size of
-            grad_v g, whatever the units of f and g. As v settles, grad_v g falls and gamma
-            grows by itself until the noise of batches or steps stops it. Otherwise gamma itself.
+        weight: > 0. With ``relative`` the factor above, otherwise gamma itself.
         growth: >= 0; gamma is multiplied by 1 + growth * (lower steps so far).
         relative: measure ``weight`` in the gradients' scales.
-        cap: >= 1, the most that gamma may grow by itself from its first value; v - z shrinks
-            like 1 / gamma and would drown in rounding.
 
     Raises:
         NondeterministicClosureError: the lower closure draws other data when called again.
@@ -109,24 +121,23 @@ class ValueGap(MultiplierRule):
     shares_evaluation = True
 
     _AVERAGE_MEMORY = 0.99
+    _CURVATURE_MEMORY = 0.9
+    _FADING = 0.5
+    _EARLY = 1000  # lower steps, in which D is a tenth of ||z|| or more
 
     def __init__(
         self,
         weight: float = 10.0,
         growth: float = 0.0,
         relative: bool = True,
-        cap: float = 100.0,
     ) -> None:
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be > 0, got {weight}; without it nothing penalises g")
         if not 0 <= growth < math.inf:
             raise ValueError(f"growth must be >= 0, got {growth}; 0 leaves the weight alone")
-        if not 1 <= cap <= math.inf:
-            raise ValueError(f"cap must be >= 1, got {cap}; 1 holds the first weight")
         self.weight = float(weight)
         self.growth = float(growth)
         self.relative = bool(relative)
-        self.cap = float(cap)
 
     # What to evaluate.
 
@@ -178,8 +189,8 @@ class ValueGap(MultiplierRule):
 
     def start(self, lower: Tensors) -> DualState:
         weight = 0.0 if self.relative else self.weight
-        averages = {"residual_square": 0.0, "slope_square": 0.0, "first_weight": 0.0}
-        scalars = {"weight": weight, "damping": 0.0} | averages
+        scales = dict.fromkeys(("residual_square", "curvature", "length", "slope_scale"), 0.0)
+        scalars = {"weight": weight, "damping": 0.0} | scales | watch.START
         return DualState(
             zeros_for(lower), (), scalars, 0, tracker=clones(lower), moments=({},) * len(lower)
         )
@@ -190,14 +201,14 @@ class ValueGap(MultiplierRule):
     def lower_update(
         self, state: DualState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, DualState]:
-        scalars = self._advanced(state, norms)
-        # At z = v any gamma gives the same evaluation: the first one may come after it.
-        used = scalars["weight"] if state.steps == 0 else state.scalars["weight"]
-        # (a + gamma grad g(u, z)) / gamma; with grad_v g = 0 so far nothing says how small f is.
-        share = 1.0 / used if used > 0 else 1.0
-        back = used if state.steps > 0 or not self.relative else 0.0
+        eps = coarsest_eps(evaluation.tracker)
+        scalars = self._advanced(state, norms, eps)
+        # grad_v f / gamma. With grad_v g = 0 so far nothing says how small f is: a step that any
+        # later one outweighs, and that shows the curvature.
+        weight = scalars["weight"]
+        share = 1.0 / weight if weight > 0 else _ratio(eps**0.25 * (1 + norms.tracker), norms.slope)
         slope = axpy(
-            -back,
+            -state.scalars["weight"],
             axpy(-1.0, evaluation.tracker_residual, evaluation.residual),
             evaluation.adjoint_residual,
         )
@@ -209,26 +220,44 @@ class ValueGap(MultiplierRule):
             tracker=evaluation.tracker,
         )
 
-    def _advanced(self, state: DualState, norms: Norms) -> dict[str, float]:
-        old = state.scalars
-
-        def average(name: str, length: float) -> float:
-            return self._AVERAGE_MEMORY * old[name] + (1 - self._AVERAGE_MEMORY) * length**2
-
-        residual = average("residual_square", norms.residual)
-        slope = average("slope_square", norms.slope)
-        weight, first = self.weight, old["first_weight"]
+    def _advanced(self, state: DualState, norms: Norms, eps: float) -> dict[str, float]:
+        """The scalars after one more evaluation; ``eps`` is the rounding error of v."""
+        new = watch.looked_at(watch.seen(state.scalars, norms, state.steps), norms, state.steps)
+        memory = self._AVERAGE_MEMORY
+        residual = memory * new["residual_square"] + (1 - memory) * norms.residual**2
+        weight = self.weight
         if self.relative:
-            weight *= math.sqrt(slope / residual) if residual > 0 else 0.0
-            first = first or weight
-            weight = min(weight, self.cap * first)
+            new |= self._scaled(new, norms, state, math.sqrt(residual), math.sqrt(eps))
+            if new["curvature"] > 0:
+                weight *= _ratio(new["slope_scale"], new["curvature"] * new["length"])
+            else:
+                weight *= _ratio(norms.slope, norms.residual)
         weight *= 1.0 + self.growth * state.steps
-        return old | {
-            "weight": weight,
-            "residual_square": residual,
-            "slope_square": slope,
-            "first_weight": first,
-        }
+        weight = weight or new["weight"]
+        return new | {"weight": weight, "residual_square": residual}
+
+    def _scaled(
+        self, old: dict[str, float], norms: Norms, state: DualState, lately: float, rounding: float
+    ) -> dict[str, float]:
+        """L, D and S."""
+        apart = _ratio(norms.adjoint, state.scalars["weight"])
+        curvature = old["curvature"]
+        exact = 0.01 * math.sqrt(rounding) * norms.tracker  # differences over less are rounding
+        if apart > exact and norms.product > 0:
+            now = norms.product / norms.adjoint
+            curvature = max(self._CURVATURE_MEMORY * curvature, now)
+        fade = (state.steps / (state.steps + 1)) ** self._FADING
+        length = _ratio(max(lately, norms.residual), curvature)
+        if curvature > 0:
+            floor = max(rounding, 0.1 * (1 + state.steps / self._EARLY) ** -self._FADING)
+            length = max(length, fade * old["length"], floor * norms.tracker)
+        slope = max(math.sqrt(old["slope_square"]), norms.slope, fade * old["slope_scale"])
+        return {"curvature": curvature, "length": length, "slope_scale": slope}
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """Numerator / denominator, and 0 where the denominator is 0."""
+    return numerator / denominator if denominator > 0 else 0.0
 
 
 def _tracker(state: DualState, at: Pair) -> Tensors:
