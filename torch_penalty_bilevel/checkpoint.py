@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 PREFIX = "bilevel_"
 GROUP = "bilevel"
 STATELESS = PREFIX + "stateless"
@@ -86,3 +88,19 @@ def without(state: Mapping[Any, Any]) -> dict[Any, Any]:
         for key, entry in state.items()
     }
     return {key: entry for key, entry in bare.items() if entry}
+
+
+def check_shapes(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``ValueError`` for moments of other shapes than the parameters have here."""
+    numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+    here = [p for group in groups for p in group["params"]]
+    for position, (number, parameter) in enumerate(zip(numbers, here, strict=False)):
+        for key, value in state_dict["state"].get(number, {}).items():
+            is_like = isinstance(value, Tensor) and value.dim() == parameter.dim()
+            own = key in ("row_var", "col_var") or key.startswith(PREFIX)
+            if is_like and not own and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the checkpoint's {key!r} of parameter {position} has shape "
+                    f"{tuple(value.shape)}, the parameter here {tuple(parameter.shape)}; "
+                    "nothing was changed (another number of samples?)"
+                )

@@ -59,7 +59,7 @@ class TwoLevelOptimizer(Optimizer):
         levels.check_disjoint(upper_rule, lower_rule)
         rules.check(upper_rule, "upper")
         rules.check(lower_rule, "lower")
-        _warn_of_coarse(lower_rule)
+        rules.warn_of_coarse(lower_rule)
         self._join(upper_rule, lower_rule)
 
     def _join(self, upper: Optimizer, lower: Optimizer) -> None:
@@ -67,7 +67,7 @@ class TwoLevelOptimizer(Optimizer):
         self.upper, self.lower = upper, lower
         self._scope = Scope()
         self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
-        self._has_two_rates = _rates(upper, "lr") != _rates(lower, "lr")
+        self._has_two_rates = rules.rates(upper, "lr") != rules.rates(lower, "lr")
         # Schedulers that cycle momentum look here for what all groups have.
         common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}
         super().__setstate__({"defaults": common})
@@ -122,7 +122,7 @@ class TwoLevelOptimizer(Optimizer):
 
     def _warn_of_one_rate(self) -> None:
         # Where ordinary schedulers start they keep; a rate that they are told overwrites it.
-        starts = [_rates(rule, "initial_lr") for rule in self._rules().values()]
+        starts = [rules.rates(rule, "initial_lr") for rule in self._rules().values()]
         if None not in starts[0] and len(starts[0]) == 1 and starts[0] == starts[1]:
             self._has_two_rates = False
             warnings.warn(
@@ -237,7 +237,7 @@ class TwoLevelOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             rule = self._rules()[group["level"]]
             rules.check_group(rule, group, group["level"], self._lower_is_map())
-        self._check_shapes(state_dict)
+        checkpoint.check_shapes(state_dict, self.param_groups)
         self._check_own_state(own)
         groups = [
             {k: v for k, v in group.items() if k != checkpoint.GROUP}
@@ -278,21 +278,6 @@ class TwoLevelOptimizer(Optimizer):
         ]
         return checkpoint.gathered(entries, rest, own)
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """Raise ``ValueError`` for moments of other shapes than the parameters have here."""
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        here = [p for group in self.param_groups for p in group["params"]]
-        for position, (number, parameter) in enumerate(zip(numbers, here, strict=False)):
-            for key, value in state_dict["state"].get(number, {}).items():
-                is_like = isinstance(value, Tensor) and value.dim() == parameter.dim()
-                own = key in ("row_var", "col_var") or key.startswith("bilevel_")
-                if is_like and not own and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"the checkpoint's {key!r} of parameter {position} has shape "
-                        f"{tuple(value.shape)}, the parameter here {tuple(parameter.shape)}; "
-                        "nothing was changed (another number of samples?)"
-                    )
-
     def _lower_is_map(self) -> bool:
         raise NotImplementedError
 
@@ -319,24 +304,3 @@ class TwoLevelOptimizer(Optimizer):
                 held = [p for g in groups for p in g["params"] if p in state["state"]]
                 moments = {p: state["state"][p] for p in held}
                 rule.__setstate__({"param_groups": groups, "state": defaultdict(dict, moments)})
-
-
-def _rates(rule: Optimizer, name: str) -> set[float | None]:
-    """What a rule's groups say under ``name``; None where they do not."""
-    return {None if name not in group else float(group[name]) for group in rule.param_groups}
-
-
-def _warn_of_coarse(lower: Optimizer) -> None:
-    coarse = [
-        name
-        for name, p in zip(levels.names(lower, "lower"), levels.parameters(lower), strict=True)
-        if p.requires_grad and torch.finfo(p.dtype).bits <= 16
-    ]
-    if coarse:
-        warnings.warn(
-            f"the lower parameters {coarse} have 16 bits: steps below some thousandths of a "
-            "parameter are rounded away, so v does not settle and the certificate stays large. "
-            "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
-            BilevelWarning,
-            stacklevel=4,
-        )

@@ -100,6 +100,11 @@ def kink(output: Tensor) -> str | None:
     return None
 
 
+def has_fused_attention(output: Tensor) -> bool:
+    """Is there a kernel of ``scaled_dot_product_attention`` behind ``output``?"""
+    return any(node.name().startswith("ScaledDotProduct") for node in nodes(output))
+
+
 def _is_bent_elu(node: Any) -> bool:
     if not node.name().startswith("EluBackward"):
         return False

@@ -188,8 +188,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             lower_closure: returns g, 0-d, or with ``lower_is_map`` Phi, shaped like v.
             closure: see ``PenaltyBilevelOptimizer.step``.
 
-        Returns:
-            f at the end of the lower steps, detached, 0-d.
+        Returns f at the end of the lower steps, detached, 0-d.
 
         Raises:
             NonFiniteError: a loss, a gradient or the adjoint is not finite, after a breakdown for
@@ -222,10 +221,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         how = self._scope, self.allow_unused, self.lower_is_map, self.curvature
         self._dependence.look(losses, point, names, self._moving_lower_names(), *how)
         place = f"in step {number + 1}; nothing was changed"
-        is_map, engine = self.lower_is_map, self.curvature
-        problem = Problem(
-            losses, point, engine, lower_is_map=is_map, reduce=self.reduce, place=place
-        )
+        options = {"lower_is_map": self.lower_is_map, "reduce": self.reduce, "place": place}
+        problem = Problem(losses, point, self.curvature, **options)
         if self.warm_start not in (True, "lower"):
             # Not the v of construction: parameters may have been loaded since.
             self._first_lower = self._first_lower or clones(levels.parameters(self.lower))
@@ -250,8 +247,6 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         with evaluation.upper_face.retracting(point.upper):
             rows.step_touched_rows(self.upper)
         return evaluation.upper_loss
-
-    # The adjoint.
 
     def _options_at(self, number: int) -> Options:
         options = self._options

@@ -11,6 +11,7 @@ v in another way, decoupled decay or ``maximize``, has no such loss and is refus
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Generator
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch.optim import Optimizer
 from . import graph
 from .around import around
 from .curvature import Loss
-from .levels import Level
+from .errors import BilevelWarning
+from .levels import Level, names, parameters
 from .tensors import Tensors
 
 _COUPLED = (
@@ -132,3 +134,25 @@ def _without_decay(rule: Optimizer) -> Generator[None]:
     finally:
         for group, decay in held:
             group["weight_decay"] = decay
+
+
+def rates(rule: Optimizer, name: str) -> set[float | None]:
+    """What a rule's groups say under ``name``; None where they do not."""
+    return {None if name not in group else float(group[name]) for group in rule.param_groups}
+
+
+def warn_of_coarse(lower: Optimizer) -> None:
+    """Warn of lower parameters too coarse to settle."""
+    coarse = [
+        name
+        for name, p in zip(names(lower, "lower"), parameters(lower), strict=True)
+        if p.requires_grad and torch.finfo(p.dtype).bits <= 16
+    ]
+    if coarse:
+        warnings.warn(
+            f"the lower parameters {coarse} have 16 bits: steps below some thousandths of a "
+            "parameter are rounded away, so v does not settle and the certificate stays large. "
+            "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
+            BilevelWarning,
+            stacklevel=4,
+        )

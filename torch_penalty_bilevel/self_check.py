@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_count, dependence
+from .checks import check_count
 from .curvature import Automatic, Curvature, FiniteDifference, Loss, engine_point
+from .dependence import dependence
 from .diagnosis import Context, diagnosed
 from .dual import DualState
 from .errors import BilevelWarning

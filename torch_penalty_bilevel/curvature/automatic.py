@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import graph
-from ..errors import BilevelWarning, DoubleBackwardError, NondeterministicClosureError
+from ..errors import DoubleBackwardError, NondeterministicClosureError
 from ..randomness import RandomState
 from ..tensors import OptionalPair, Pair, Tensors, norm
 from . import evidence
 from .alarm import Alarm
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference
+from .inspection import Seen, warn, with_plain_attention
 from .protocol import Curvature, Linearised, Loss, Map
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class Automatic:
     It may, with ``weighs_costs``, where double backward moves more than twice the bytes (networks
     with LayerNorm or GroupNorm, LSTMs, attention) and both products agree to one per cent at the
     best of three relative steps; in float32.
+
+    Fused attention beside kinks is taken in its plain form instead, which has a second derivative.
 
     Never by choice where the graph of g has kinks (ReLU, max-pooling, clamps): one difference may
     agree and the next be off by many times ||H q||, as its shift crosses kinks of which autograd's
@@ -63,6 +65,7 @@ class Automatic:
         self.reason = "no product has been taken yet"
         self._weighs_costs = weighs_costs
         self._works = False  # has double backward been through once?
+        self._plain_attention = False
         self._looks = True
         self._unsteady = False  # was it said?
         self._evaluations = 0
@@ -115,7 +118,7 @@ class Automatic:
         self._works = False
         self.reason = reason or "switched by hand or by a checkpoint"
         if reason is not None:
-            _warn(f"switched to finite differences: {reason}")
+            warn(f"switched to finite differences: {reason}")
 
     def packed(self) -> dict[str, Any]:
         """What a checkpoint needs."""
@@ -124,6 +127,7 @@ class Automatic:
             "relative_step": getattr(self.current, "relative_step", None),
             "works": self._works,
             "weighs_costs": self._weighs_costs,
+            "plain_attention": self._plain_attention,
             "looks": self._looks,
             "unsteady": self._unsteady,
             "evaluations": self._evaluations,
@@ -140,6 +144,7 @@ class Automatic:
             self.switch()
             self.current = FiniteDifference(saved["relative_step"])
         self._works, self._weighs_costs = saved["works"], saved["weighs_costs"]
+        self._plain_attention = saved.get("plain_attention", False)
         self._looks = saved.get("looks", saved["weighs_costs"])
         self._unsteady = saved.get("unsteady", False)
         self._evaluations, self._next_look = saved["evaluations"], saved["next_look"]
@@ -154,15 +159,27 @@ class Automatic:
 
         Graphs are looked through, and random numbers kept, until it has worked once.
         """
-        random, unknown = None, loss
+        if self._plain_attention:
+            loss = with_plain_attention(loss)
+        random, unknown, seen = None, loss, Seen()
         if not self._works:
             random = RandomState(t.device for t in (*at.upper, *at.lower))
-            unknown = _without_custom_functions(loss)
+            unknown = seen.noting(loss)
 
         def again(reason: DoubleBackwardError) -> Linearised:
-            self.switch(reason.reason)
+            if seen.kink and seen.fused_attention and not self._plain_attention:
+                self._plain_attention = True
+                engine, repeated = self._exact, with_plain_attention(loss)
+                warn(
+                    "attention is taken in its plain form (sdpa_kernel(SDPBackend.MATH)), as its "
+                    f"fused one has no second derivative and {seen.kink} beside it rules "
+                    "differences out"
+                )
+            else:
+                self.switch(reason.reason)
+                engine, repeated = self.current, loss
             with random.replayed() if random else contextlib.nullcontext():
-                return self.current.linearise(loss, at, reusable=reusable)
+                return engine.linearise(repeated, at, reusable=reusable)
 
         try:
             tried = self._exact.linearise(unknown, at, reusable=reusable)
@@ -280,30 +297,8 @@ class Automatic:
     def _judge(self, spread: float) -> None:
         if spread > _STEADY and not self._unsteady:
             self._unsteady = True
-            _warn(
+            warn(
                 "finite differences are in use because they must be, and products with "
                 f"neighbouring steps differ by {spread:.1g} of their size: kinks (ReLU, max) or "
                 "rounding make the hypergradient unreliable. "
             )
-
-
-def _warn(message: str) -> None:
-    remedy = (
-        'To have curvature="double_backward", use operations that torch can differentiate twice '
-        "(sdpa_kernel(SDPBackend.MATH) for attention, the module without torch.compile); "
-        'curvature="finite_difference" says that differences are wanted'
-    )
-    warnings.warn(f"{message.rstrip('. ')}. {remedy}", BilevelWarning, stacklevel=7)
-
-
-def _without_custom_functions(loss: Loss) -> Loss:
-    def checked(upper: Tensors, lower: Tensors) -> Tensor:
-        value = loss(upper, lower)
-        if culprit := graph.custom_function(value):
-            raise DoubleBackwardError(
-                f"nothing vouches for the second derivative of {culprit}; pass "
-                'curvature="double_backward" if you know that it is right'
-            )
-        return value
-
-    return checked

@@ -1,0 +1,57 @@
+"""What "auto" has to know of a loss before it trusts its second derivative."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import graph
+from ..errors import BilevelWarning, DoubleBackwardError
+from ..tensors import Tensors
+from .protocol import Loss
+
+
+class Seen:
+    """What the graph of a loss was seen to hold."""
+
+    kink: str | None = None
+    """An operation with a derivative that jumps."""
+    fused_attention = False
+
+    def noting(self, loss: Loss) -> Loss:
+        """``loss``, refused where a custom function is behind it; fills this in."""
+
+        def noted(upper: Tensors, lower: Tensors) -> Tensor:
+            value = loss(upper, lower)
+            if culprit := graph.custom_function(value):
+                raise DoubleBackwardError(
+                    f"nothing vouches for the second derivative of {culprit}",
+                    'pass curvature="double_backward" if you know that it is right',
+                )
+            self.kink = graph.kink(value)
+            self.fused_attention = graph.has_fused_attention(value)
+            return value
+
+        return noted
+
+
+def with_plain_attention(loss: Loss) -> Loss:
+    """``loss`` with softmax(Q K' / sqrt(d)) V written out, which can be differentiated twice."""
+
+    def plain(upper: Tensors, lower: Tensors) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return loss(upper, lower)
+
+    return plain
+
+
+def warn(message: str) -> None:
+    """Warn of the engine in use, with what to set."""
+    remedy = (
+        'To have curvature="double_backward", use operations that torch can differentiate twice '
+        "(sdpa_kernel(SDPBackend.MATH) for attention, the module without torch.compile); "
+        'curvature="finite_difference" says that differences are wanted'
+    )
+    warnings.warn(f"{message.rstrip('. ')}. {remedy}", BilevelWarning, stacklevel=7)
