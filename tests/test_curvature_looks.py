@@ -228,7 +228,8 @@ def test_fused_attention_beside_kinks_is_taken_in_its_plain_form(kinked) -> None
     def made(plain: bool) -> Task:
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "relu" if kinked else "gelu")
-        task = Task(nn.Sequential(nn.Unflatten(1, (1, 8)), layer, nn.Flatten(), nn.Linear(8, 3)))
+        net = nn.Sequential(nn.Unflatten(1, (1, 8)), layer, nn.Flatten(), nn.Linear(8, 3))
+        task = Task(net, torch.float64)
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             return task.run(3)
 
@@ -236,7 +237,8 @@ def test_fused_attention_beside_kinks_is_taken_in_its_plain_form(kinked) -> None
         task = made(False)
     assert task.engine.switched != kinked
     if kinked:
-        assert_close(task.point(), made(True).point(), rtol=1e-5, atol=1e-6)  # other first kernel
+        # The first upper losses came from kernels that round differently.
+        assert_close(task.point(), made(True).point(), rtol=0, atol=1e-8)
         twin = Automatic()
         twin.unpack(task.engine.packed())
         assert twin._plain_attention

@@ -104,7 +104,8 @@ def test_memory_of_reverse_is_that_of_the_iterates() -> None:
         optimizer.step(lambda: v.square().sum(), lambda: torch.tanh(grid * v + u).square().mean())
 
     run(2)
-    few, many = peak_bytes(lambda: run(5)), peak_bytes(lambda: run(25))
+    # With fewer than ten steps the peak lies elsewhere, in f's evaluation.
+    few, many = peak_bytes(lambda: run(10)), peak_bytes(lambda: run(30))
     iterate, activation = 20 * 8, 2000 * 20 * 8
     assert few > 2 * activation
     # Per step an iterate, a 0-d loss and the state of torch's generator (about 5 kB).
