@@ -56,7 +56,7 @@ MAKES = {
 }
 
 
-# The centre follows v under no_grad, so "auto" finds that the graph hides a dependence, and says so.
+# The centre follows v under no_grad, so "auto" says that the graph hides a dependence.
 @pytest.mark.filterwarnings("ignore:switched to finite differences. they agree to")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("way", MAKES)

@@ -5,6 +5,7 @@ g = mean_i e^{u_i} (x_i'v - y_i)^2 / 2 + 0.05 |v|^2. Many independent chains run
 problem, each drawing its own sample; the mean over chains estimates the expectation.
 """
 
+import pytest
 import torch
 
 from torch_penalty_bilevel import (
@@ -59,6 +60,8 @@ def test_batch_size_one_and_full_batch_stop_at_the_same_point():
     assert distance(run(rule, 7000, 0.05, batch_of_one=True), full) < 1e-3
 
 
+# Its multiplier never advances here, which the watch reports; the bias is what is measured.
+@pytest.mark.filterwarnings("ignore:.*q = 0 has 1")
 def test_one_batch_for_residual_and_product_is_biased_and_two_are_not():
     """gamma fixed, nu = 0: pure quadratic penalty, whose full-batch solution is its own target."""
 

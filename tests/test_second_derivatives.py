@@ -146,7 +146,7 @@ def test_a_compiled_forward_needs_finite_differences() -> None:
     assert relative_error(product.lower, exact("mlp_tanh").lower) < TOL["central"]
     with pytest.raises(DoubleBackwardError, match="compile"):
         products_of(DoubleBackward(), problem, problem.direction())
-    with pytest.warns(BilevelWarning, match="torch.compile leaves no second derivative$"):
+    with pytest.warns(BilevelWarning, match="torch.compile leaves no second derivative"):
         product = products_of(Automatic(), problem, problem.direction())
     assert relative_error(product.lower, exact("mlp_tanh").lower) < TOL["central"]
     torch.compiler.reset()

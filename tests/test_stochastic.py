@@ -57,6 +57,7 @@ def test_stochastic_draws_a_batch_for_every_product() -> None:
     run = Run(method="stochastic", lower_steps=2, inner_iterations=3, samples=1)
     run.closures = (run.closures[0], lambda: draws.append(0) or run.problem.g(run.u, run.v))
     run.optimizer._dependence.due = False
+    run.optimizer._scope.knows = lambda *functions: True
     run.step()
     # 2 lower steps, one linearisation for the certificate, 1 + 3 products, 1 for J q.
     assert len(draws) == 2 + 1 + 4 + 1

@@ -85,7 +85,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         >>> u = torch.tensor([0.0], requires_grad=True)
         >>> v = torch.tensor([0.0], requires_grad=True)
         >>> optimizer = PenaltyBilevelOptimizer([u], [v], upper_lr=0.02, lower_lr=0.02)
-        >>> for _ in range(300):
+        >>> for _ in range(200):
         ...     loss = optimizer.step(
         ...         lambda: (u**2 + v**2).sum(),      # upper loss f
         ...         lambda: ((1 - u - v) ** 2).sum()  # lower loss g, so v = 1 - u
