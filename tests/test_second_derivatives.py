@@ -140,6 +140,7 @@ def test_reentrant_checkpoint_is_refused(engine: str, method: str) -> None:
 
 
 def test_a_compiled_forward_needs_finite_differences() -> None:
+    torch.compiler.reset()  # other tests may have used up what is compiled of one forward
     problem = net_problem("mlp_tanh")
     problem.forward = torch.compile(problem.net, backend="aot_eager")
     product = products_of(FiniteDifference(), problem, problem.direction())
