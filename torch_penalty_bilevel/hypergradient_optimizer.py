@@ -221,8 +221,8 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         how = self._scope, self.allow_unused, self.lower_is_map, self.curvature
         self._dependence.look(losses, point, names, self._moving_lower_names(), *how)
         place = f"in step {number + 1}; nothing was changed"
-        options = {"lower_is_map": self.lower_is_map, "reduce": self.reduce, "place": place}
-        problem = Problem(losses, point, self.curvature, **options)
+        at, is_map = (losses, point, self.curvature), self.lower_is_map
+        problem = Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
         if self.warm_start not in (True, "lower"):
             # Not the v of construction: parameters may have been loaded since.
             self._first_lower = self._first_lower or clones(levels.parameters(self.lower))
