@@ -178,3 +178,26 @@ def test_self_check_has_an_exact_reference():
         # The points differ by what the differences of two steps err.
         assert report.cosine == pytest.approx(reports[0].cosine, rel=1e-5)
         assert report.relative_error == pytest.approx(reports[0].relative_error, rel=1e-5)
+
+
+def test_a_look_leaves_a_compiled_teacher_compiled():
+    """Dynamo gives up functions that it meets under a mode, as the one that counts bytes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.manual_seed(0)
+    net, teacher = nn.Linear(5, 3).double(), nn.Sequential(nn.Linear(5, 3), nn.Tanh()).double()
+    compiled = torch.compile(teacher, backend=counter)
+    u, x = torch.zeros(8, dtype=torch.float64, requires_grad=True), torch.randn(8, 5).double()
+
+    def lower():
+        with torch.no_grad():
+            target = compiled(x)
+        return (u.sigmoid() * (net(x).exp() - target).square().sum(1)).mean()
+
+    optimizer = PenaltyBilevelOptimizer([u], net.parameters(), upper_lr=0.1, lower_lr=0.01)
+    for _ in range(12):
+        optimizer.step(lambda: net(x).square().mean(), lower)
+    assert "bytes" in optimizer.curvature.reason  # it has looked
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        compiled(x[:3])  # another shape: compiled again, unless Dynamo has given up
+    assert counter.frame_count == 2

@@ -29,7 +29,10 @@ _TIMES = (0.3, 1.0, 3.0)
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write inside the block, views excepted."""
+    """Counts the bytes that operations read and write inside the block, views excepted.
+
+    Of a compiled function it sees the kernels that go through torch's dispatcher, not the fused.
+    """
 
     # torch asks for this before it lets operators that take functions (flex attention) through.
     supports_higher_order_operators = True
@@ -37,6 +40,11 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # Dynamo gives up, for good, every function that it meets under another kind of mode.
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
