@@ -27,7 +27,7 @@ LAYERS = {
     "constraints": {"faces"},
     "evaluation": {"errors", "faces", "tensors"},
     "metrics": {"evaluation"},
-    "dual": {"evaluation", "moments", "tensors"},
+    "dual": {"checkpoint", "evaluation", "moments", "tensors"},
     "multipliers": {"choices", "dual", "errors", "evaluation", "tensors"},
     "repeats": {"errors"},
     "curvature": {"choices", "errors", "graph", "in_place", "randomness", "repeats", "tensors"},
@@ -162,6 +162,7 @@ LAYERS = {
         "transaction",
     },
     "hypergradient_optimizer": {
+        "checkpoint",
         "checks",
         "closures",
         "composite",

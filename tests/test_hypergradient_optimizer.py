@@ -90,6 +90,18 @@ def test_a_checkpoint_of_another_method_is_refused() -> None:
         other.optimizer.load_state_dict(run.optimizer.state_dict())
 
 
+def test_a_checkpoint_of_other_shapes_is_refused_and_changes_nothing() -> None:
+    run, other = Run(method="cg"), Run(method="cg")
+    run.step(2)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    state["state"][1]["bilevel_adjoint"] = torch.zeros(1)
+    before = snapshot(run)
+    with pytest.raises(ValueError, match=r"adjoint has shapes \[\(1,\)\]"):
+        run.optimizer.load_state_dict(state)
+    assert same(before, snapshot(run))
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
 # All or nothing.
 
 

@@ -104,3 +104,10 @@ def check_shapes(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
                     f"{tuple(value.shape)}, the parameter here {tuple(parameter.shape)}; "
                     "nothing was changed (another number of samples?)"
                 )
+
+
+def check_like(name: str, saved: Sequence[Tensor], here: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` unless ``saved`` has the shapes of what it would replace."""
+    theirs, own = [tuple(t.shape) for t in saved], [tuple(t.shape) for t in here]
+    if theirs != own:
+        raise ValueError(f"the checkpoint's {name} has shapes {theirs}, expected {own}")

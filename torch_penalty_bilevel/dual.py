@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from . import checkpoint
 from .evaluation import Evaluation, Norms
 from .moments import Moments, relocated
 from .tensors import Tensors, clones, placed, zeros_for
@@ -95,10 +96,7 @@ class DualState(NamedTuple):
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError if ``saved`` cannot replace this state."""
-        theirs = [tuple(t.shape) for t in saved["multiplier"]]
-        here = [tuple(t.shape) for t in self.multiplier]
-        if theirs != here:
-            raise ValueError(f"the checkpoint's multiplier has shapes {theirs}, expected {here}")
+        checkpoint.check_like("multiplier", saved["multiplier"], self.multiplier)
         # Of an earlier version: what it lacks starts anew, what is no longer kept is dropped.
         if saved["scalars"].keys() - self.scalars.keys() - _RETIRED:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import closures, levels, rows, rules
+from . import checkpoint, closures, levels, rows, rules
 from . import curvature as engines
 from .checks import DependenceWatch, raise_unused
 from .closures import Closure, Closures
@@ -300,6 +300,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
                 f"the checkpoint was made with method {own.get('method')!r}, this optimizer has "
                 f"{self.method!r}"
             )
+        checkpoint.check_like("adjoint", own["adjoint"], self._adjoint)
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._adjoint = placed(own["adjoint"], self._adjoint)
