@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .process_wide import ProcessWide
 from .reachable import code_of, reached_by
 
 Function: TypeAlias = Callable[..., Any]
@@ -61,7 +62,7 @@ class Scope:
         self.written, self.rebound, self.compiled = {}, {}, False
         self.searches = True
         try:
-            with _uncompiled():
+            with _UNCOMPILED:
                 yield
             self.is_new = False
         except BaseException:
@@ -122,3 +123,6 @@ def _uncompiled() -> Generator[None]:
         # Compiled modules warn that they meet a hook twice, which does no harm here.
         warnings.filterwarnings("ignore", ".*global hooks on modules", UserWarning)
         yield
+
+
+_UNCOMPILED = ProcessWide(_uncompiled)

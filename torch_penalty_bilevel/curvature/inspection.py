@@ -9,8 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import graph
 from ..errors import BilevelWarning, DoubleBackwardError
+from ..process_wide import ProcessWide
 from ..tensors import Tensors
 from .protocol import Loss
+
+_PLAIN_ATTENTION = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 class Seen:
@@ -41,7 +44,7 @@ def with_plain_attention(loss: Loss) -> Loss:
     """``loss`` with softmax(Q K' / sqrt(d)) V written out, which can be differentiated twice."""
 
     def plain(upper: Tensors, lower: Tensors) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
+        with _PLAIN_ATTENTION:
             return loss(upper, lower)
 
     return plain
