@@ -15,10 +15,7 @@ class ProcessWide:
     """
 
     def __init__(self, make: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
-        """
-        Args:
-            make: a fresh block with the setting.
-        """
+        """Take ``make``, which returns a fresh block with the setting."""
         self._make, self._lock, self._inside = make, threading.Lock(), 0
         self._found = contextlib.ExitStack()
 
