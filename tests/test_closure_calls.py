@@ -211,3 +211,24 @@ def test_a_first_look_serves_only_the_point_it_was_taken_at():
     with torch.no_grad():
         v.mul_(2)
     assert look.losses.lower((), (v,)).item() == 20.0
+
+
+@pytest.mark.parametrize(("engine", "count"), [("auto", 2), ("functional", 0)])
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_closures_with_arguments_belong_to_the_functional_engine(engine, count, level):
+    """The count that the other engine wants."""
+    u, v = leaf([0.0, 0.0]), leaf([0.0, 0.0])
+
+    def loss(*_):
+        return ((u if level == "lower" else v) - 1).square().sum()
+
+    wrong = (lambda u, v: v.sum()) if count else (lambda: v.sum())
+    optimizer = PenaltyBilevelOptimizer([u], [v], curvature=engine)
+    with pytest.raises(TypeError, match=rf'{level}_closure: .*"functional" they take \(upper, lo'):
+        optimizer.step(*((wrong, loss) if level == "upper" else (loss, wrong)))
+
+
+def test_a_type_error_inside_a_closure_is_its_own():
+    u, v = leaf([0.0]), leaf([0.0])
+    with pytest.raises(TypeError, match=r"^unsupported operand"):
+        PenaltyBilevelOptimizer([u], [v]).step(lambda: v.sum() + "1", lambda: (v - u).sum() ** 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -99,7 +100,7 @@ def live(
             # Inside an autocast block of the caller, copies of parameters that have moved.
             torch.clear_autocast_cache()
             with guard.evaluation(level, closure), torch.enable_grad():
-                return check(closure(), level, differentiable=True)
+                return check(_called(closure, level), level, differentiable=True)
 
         return loss
 
@@ -123,13 +124,29 @@ def pure(
     def adapted(function: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
         def loss(upper: Tensors, lower: Tensors) -> Any:
             with guard.evaluation(level, function):  # of modules behind torch.func.functional_call
-                value = function(structured_upper(upper), structured_lower(lower))
+                value = _called(function, level, structured_upper(upper), structured_lower(lower))
             return check(value, level, differentiable=False)
 
         return loss
 
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
     return _assembled(adapted, upper_function, lower_function, check_lower, inequalities)
+
+
+def _called(function: Callable[..., Any], level: Level, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:  # not raised inside of it
+            raise TypeError(
+                f"{level}_closure: {error}. Closures take no arguments; with "
+                'curvature="functional" they take (upper, lower), the parameters as tuples or dicts'
+            ) from None
+        except ValueError:  # a builtin without a signature
+            pass
+        raise
 
 
 def _assembled(
