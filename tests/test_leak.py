@@ -45,8 +45,8 @@ def live():
 @pytest.mark.parametrize(
     ("make", "options", "steps"),
     [
-        (PenaltyBilevelOptimizer, {"curvature": "double_backward"}, 2000),
-        (PenaltyBilevelOptimizer, {"curvature": "finite_difference"}, 2000),
+        (PenaltyBilevelOptimizer, {"curvature": "double_backward"}, 800),
+        (PenaltyBilevelOptimizer, {"curvature": "finite_difference"}, 800),
         (PenaltyBilevelOptimizer, {"penalty": "value"}, 200),
         (PenaltyBilevelOptimizer, {"penalty": "paper", "lower_steps": 2}, 200),
         (HypergradientOptimizer, {"method": "cg", "damping": 10.0}, 200),

@@ -135,11 +135,11 @@ def test_identity_upper_gradient_is_exact_up_to_the_certificate(penalty):
 def test_solution_of_the_quadratic_and_its_adjoint(curvature):
     """Closed form: u solves dF/du = 0 with v = -A^-1 C' u."""
     u, v, optimizer = build(
-        *start(), upper_lr=0.05, lower_lr=0.05, lower_steps=3, curvature=curvature
+        *start(), upper_lr=0.07, lower_lr=0.07, lower_steps=3, curvature=curvature
     )
     f, g = closures("quadratic", u, v, curvature)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1200)
-    for _ in range(1200):
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    for _ in range(800):
         optimizer.step(f, g)
         scheduler.step()
     # F(u) = f(u, S u) with S = -A^-1 C' is quadratic: its stationary point is one solve.

@@ -35,7 +35,7 @@ def test_stochastic_draws_anew_for_every_product() -> None:
     exact, _ = hypergradient(f, loss, u, v)
     options = {
         "linear_optimizer": lambda q: torch.optim.SGD(q, lr=0.02),
-        "max_iterations": 300,
+        "max_iterations": 200,
         "samples": 2,
     }
     found = []
@@ -44,7 +44,7 @@ def test_stochastic_draws_anew_for_every_product() -> None:
             gradient, info = hypergradient(f, sampled, u, v, method="stochastic", **options)
         assert not info.converged
         found.append(float(gradient))
-    assert len({tuple(c.tolist()) for c in calls}) == len(calls) >= 12 * 600
+    assert len({tuple(c.tolist()) for c in calls}) == len(calls) >= 12 * 400
     estimates = torch.tensor(found)
     # Within four standard errors of the mean, which are well below the value itself.
     error = float(estimates.std()) / math.sqrt(len(found))
