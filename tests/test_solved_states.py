@@ -82,6 +82,14 @@ def test_dead_probes_do_not_switch_the_power_iteration_off():
     torch.testing.assert_close(optimizer.adjoint[0], -1 / h, rtol=1e-2, atol=1e-4)
 
 
+def test_probes_that_are_always_flat_do_not_leave_the_multiplier_off():
+    """g is flat whenever a probe is due by its number, as where the first batch has no weight."""
+    run = Run(followed(), rates=(0.05, 0.2))
+    for k in range(800):
+        run.go([Phase(1, g=0.0 if k < 10 or k % 20 == 0 else 1.0)])
+    assert run.errors[-1] < 1e-8
+
+
 def test_the_published_schedule_reports_a_certificate_that_stays_bad():
     """f = u v - 2 u + 1, g = (v - u)^2: minimum (1, 1), but v runs away from u for small gamma."""
     u, v = torch.tensor([2.0], requires_grad=True), torch.tensor([-2.0], requires_grad=True)

@@ -192,8 +192,8 @@ class LeastSquares(MultiplierRule):
 
 
 def _is_backed(scalars: dict[str, float]) -> bool:
-    """Did the last probe see about as much curvature as L says there is?"""
-    return scalars["probed"] >= 0.1 * scalars["curvature"]
+    """Did the last probe see curvature, and about as much as L says there is?"""
+    return 0 < scalars["probed"] >= 0.1 * scalars["curvature"]
 
 
 def _average(old: float, new: float, memory: float) -> float:
