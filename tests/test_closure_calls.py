@@ -224,7 +224,9 @@ def test_closures_with_arguments_belong_to_the_functional_engine(engine, count, 
 
     wrong = (lambda u, v: v.sum()) if count else (lambda: v.sum())
     optimizer = PenaltyBilevelOptimizer([u], [v], curvature=engine)
-    with pytest.raises(TypeError, match=rf'{level}_closure: .*"functional" they take \(upper, lo'):
+    with pytest.raises(
+        TypeError, match=rf'the {level} level: .*"functional" they take \(upper, lo'
+    ):
         optimizer.step(*((wrong, loss) if level == "upper" else (loss, wrong)))
 
 

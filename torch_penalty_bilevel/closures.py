@@ -134,6 +134,7 @@ def pure(
 
 
 def _called(function: Callable[..., Any], level: Level, *arguments: Any) -> Any:
+    """Call; raise TypeError with the remedy where ``function`` cannot take ``arguments``."""
     try:
         return function(*arguments)
     except TypeError as error:
@@ -141,7 +142,7 @@ def _called(function: Callable[..., Any], level: Level, *arguments: Any) -> Any:
             inspect.signature(function).bind(*arguments)
         except TypeError:  # not raised inside of it
             raise TypeError(
-                f"{level}_closure: {error}. Closures take no arguments; with "
+                f"a closure of the {level} level: {error}. Closures take no arguments; with "
                 'curvature="functional" they take (upper, lower), the parameters as tuples or dicts'
             ) from None
         except ValueError:  # a builtin without a signature
