@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from phases import Known, followed, indefinite, sloped
 from torch import Tensor
+from torch.autograd.functional import hessian
 
 
 def _known(f, g, u: Tensor, v: Tensor, to_u: Tensor, to_v: Tensor, phi) -> Known:
@@ -82,3 +83,19 @@ def edged(dtype: torch.dtype = torch.float64) -> Known:
 PROBLEMS: dict[str, Callable[..., Known]] = {
     made.__name__: made for made in (followed, sloped, indefinite, loose, stiff, weighted)
 }
+
+# Of the upper and the lower level, for SGD. The lower one stays below 2 / (1.3 ||H||).
+RATES = dict.fromkeys(PROBLEMS, (0.05, 0.3)) | {"stiff": (0.1, 1.0), "weighted": (0.5, 0.3)}
+
+
+def penalised(known: Known, weight: float) -> tuple[Tensor, Tensor]:
+    """The least (u, v) of f + weight * g, both quadratic and min g(u, .) = 0: where
+    ``penalty="value"`` ends as long as this is its weight."""
+    n = known.u.numel()
+
+    def total(x: Tensor) -> Tensor:
+        return known.f(x[:n], x[n:]) + weight * known.g(x[:n], x[n:])
+
+    origin = torch.zeros(n + known.v.numel(), dtype=known.u.dtype)
+    least = -torch.linalg.solve(hessian(total, origin), torch.func.grad(total)(origin))
+    return least[:n], least[n:]
