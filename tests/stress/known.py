@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from phases import Known, followed, indefinite, sloped
+from phases import Known, Run, followed, indefinite, sloped
 from torch import Tensor
 from torch.autograd.functional import hessian
 
@@ -99,3 +99,11 @@ def penalised(known: Known, weight: float) -> tuple[Tensor, Tensor]:
     origin = torch.zeros(n + known.v.numel(), dtype=known.u.dtype)
     least = -torch.linalg.solve(hessian(total, origin), torch.func.grad(total)(origin))
     return least[:n], least[n:]
+
+
+def bias(problem: str, run: Run) -> float:
+    """How far the answer for the weight that the value gap has in ``run`` is from the answer."""
+    if run.optimizer.penalty.name != "value" or problem not in ("sloped", "loose", "stiff"):
+        return 0.0
+    known = PROBLEMS[problem]()
+    return known.error(*penalised(known, float(run.optimizer.metrics.penalty_weight)))
