@@ -8,9 +8,11 @@ import math
 
 import pytest
 import torch
-from known import PROBLEMS, RATES, bias
+from known import PROBLEMS, RATES, bias, edged
 from phases import Phase, Run, stays
 from size import LONG, sized
+
+from torch_penalty_bilevel.constraints import NonNegative
 
 DTYPES = (torch.float32, torch.float64)
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -68,6 +70,15 @@ def test_what_was_solved_stays_solved(penalty, problem, dtype, schedule, steps):
     assert run.errors[-1] <= least + 3 * bias(problem, run)
 
 
+@pytest.mark.parametrize("dtype", sized(DTYPES[:1], DTYPES))
+@pytest.mark.parametrize("schedule", sized(["constant"], SCHEDULES))
+def test_a_bound_that_holds_v_is_solved_and_stays_so(schedule, dtype):
+    options = {"rates": (0.05, 0.3), "lower_constraint": NonNegative()}
+    run = Run(edged(dtype=dtype), **options).go([Phase(STEPS)], SCHEDULES[schedule])
+    assert stays(run.errors, ROUNDING[dtype])
+    assert run.errors[-1] < ROUNDING[dtype]
+
+
 @pytest.mark.filterwarnings("ignore:.*not to be trusted")  # says so on the way
 def test_the_published_schedule_stays_solved_too():
     """Adam at vanishing rates, as published: with SGD its growing weight meets 2 / rate."""
@@ -94,6 +105,7 @@ def test_adam_stays_solved(problem, penalty, schedule):
 @pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Adam])
 def test_a_checkpoint_in_the_middle_goes_on_bit_by_bit(rule, penalty, tmp_path):
     """Also past convergence, where every average and fading maximum matters."""
+
     def made():
         return Run(PROBLEMS["sloped"](), rates=(0.02, 0.05), penalty=penalty, rule=rule)
 
