@@ -30,7 +30,10 @@ class Four:
         self.tensors = {n: torch.zeros(2, requires_grad=True) for n in ("u0", "u1", "v0", "v1")}
         u, v = list(self.tensors.values())[:2], list(self.tensors.values())[2:]
         self.is_map = penalty == "fixed_point"
-        self.optimizer = PenaltyBilevelOptimizer(rule(u, 0.05), rule(v, 0.5), penalty=penalty)
+        # While v0 is frozen u0 has no effect.
+        self.optimizer = PenaltyBilevelOptimizer(
+            rule(u, 0.05), rule(v, 0.5), penalty=penalty, allow_unused=True
+        )
 
     def run(self, steps):
         u0, u1, v0, v1 = self.tensors.values()
