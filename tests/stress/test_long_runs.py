@@ -89,16 +89,18 @@ def test_the_published_schedule_stays_solved_too():
     assert run.errors[-1] < 1e-5
 
 
-@pytest.mark.parametrize("schedule", sized(["constant"], [*SCHEDULES]))
 @pytest.mark.parametrize("penalty", sized(["stationarity"], ["stationarity", "fixed_point"]))
 @pytest.mark.parametrize("problem", sized(["sloped"], ["followed", "sloped", "indefinite"]))
-def test_adam_stays_solved(problem, penalty, schedule):
-    """With several lower steps: with one, u outruns the multiplier, and a cycle remains."""
+def test_adam_stays_solved_at_vanishing_rates(problem, penalty):
+    """With several lower steps: with one, u outruns the multiplier, and a cycle remains.
+
+    At constant rates Adam itself leaves a solution after some thousand steps, also in plain
+    minimisation: its second moment vanishes, and its step is then lr / eps."""
     options = {"rule": torch.optim.Adam, "rates": (0.05, 0.05), "penalty": penalty}
-    run = Run(PROBLEMS[problem](), **options, lower_steps=5)
-    run.go([Phase(sized(600, 20_000))], SCHEDULES[schedule])
+    run = Run(PROBLEMS[problem](), **options, lower_steps=sized(3, 5))
+    run.go([Phase(sized(600, 20_000))], SCHEDULES["decaying"])
     assert stays(run.errors, 1e-12)
-    assert run.errors[-1] < 1e-6
+    assert run.errors[-1] < sized(1e-3, 1e-9)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

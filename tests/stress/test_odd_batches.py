@@ -52,7 +52,7 @@ def probed(k):
 def test_batches_of_one(dtype, penalty, seed):
     """No batch knows more than one direction, and every one agrees with the solution."""
     run = Samples(seed, dtype, penalty=penalty)
-    for _ in range(sized(1000, 20_000)):
+    for _ in range(sized(600, 20_000)):
         i = int(torch.randint(6, (1,), generator=run.draw))
         run.step(slice(i, i + 1))
     assert run.error < 1e-4
@@ -77,20 +77,24 @@ def test_batches_without_weight(penalty, silent):
         "at first": lambda k: k < 60,
         "every other step": lambda k: k % 2 == 0,
     }[silent]
-    for k in range(sized(700, 20_000)):
+    for k in range(sized(500, 20_000)):
         run.step(weight=0.0 if is_silent(k) else 1.0)
     assert run.error < 1e-4
 
 
-def test_curvature_and_multiplier_after_silent_probes():
-    """u and v held: L is the largest eigenvalue of H, and q solves H q = -grad_v f."""
+def test_curvature_and_multiplier_through_silence():
+    """u and v held: L is the largest eigenvalue of H, and q solves H q = -grad_v f; a flat g later
+    says nothing of either."""
     run = Samples(upper=0.0)
     run.optimizer.lower.param_groups[0]["lr"] = 0.0
     H = run.x.T @ run.x / 6
-    for k in range(1200):
-        run.step(weight=0.0 if probed(k) and k < 300 else 1.0)
+    for k in range(500):
+        run.step(weight=0.0 if probed(k) and k < 100 else 1.0)
     q = -torch.linalg.solve(H, run.v.detach() - run.b)
-    torch.testing.assert_close(run.optimizer.adjoint[0], q, rtol=1e-6, atol=1e-6)
-    bound = run.optimizer._dual.scalars["curvature"]
-    # Forgotten by a thousandth between two probes at most 20 steps apart.
-    assert bound == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=0.03)
+    # Forgotten by a thousandth per step between two probes, at most 20 steps apart.
+    stiffest = pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=0.03)
+    for weight, steps in ((1.0, 1), (0.0, 200), (1.0, 1)):
+        for _ in range(steps):
+            run.step(weight=weight)
+        torch.testing.assert_close(run.optimizer.adjoint[0], q, rtol=1e-6, atol=1e-6)
+        assert run.optimizer._dual.scalars["curvature"] == stiffest

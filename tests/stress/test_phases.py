@@ -25,8 +25,9 @@ PHASES = {
 }
 OF_G = {"g flat", "g up", "g down", "g faint"}  # a map has no scale and is never flat
 
-# The bound on the curvature is forgotten by a hundredth per step, and is six orders too large.
-LATE = {"g up": 2500}
+# The bound on the curvature is forgotten by a hundredth per step, and is six orders too large; a
+# multiplier six orders too long takes as long to shrink where H is flattest.
+LATE = {"g up": 2500, ("fixed_point", "f up"): 2000, ("value", "g faint"): 1500}
 TAIL = 600
 
 # ``loose`` is drawn along the valley of g by a pull that fades like 1 / t.
@@ -37,7 +38,9 @@ FAULTS = {
     ("fixed_point", "loose", "f up"): "the pull is too weak after f was larger by six orders",
     ("value", "loose", "rates off"): "the value gap does not settle where argmin g is not unique",
     ("value", "sloped", "g faint"): "the value gap is lost after g was smaller by six orders",
+    ("value", "sloped", "g up"): "the weight of the value gap stands still after g was larger",
 }
+ONLY_IN_PAIRS = {("value", "sloped", "g up")}
 SHORT = {
     ("stationarity", "sloped"): ("f off", "g flat", "rates off", "f faint", "g up", "g down"),
     ("stationarity", "loose"): ("f off", "f up"),
@@ -62,10 +65,14 @@ def cases():
 
 
 def marked(penalty, problem, phases):
-    reasons = [FAULTS[c] for p in phases if (c := (penalty, problem, p)) in FAULTS]
-    marks = [pytest.mark.xfail(strict=len(phases) == 1, reason=reason) for reason in reasons]
-    name = "-".join((penalty, problem, *phases))
-    return pytest.param(penalty, problem, phases, marks=marks[:1], id=name)
+    alone = len(phases) == 1
+    faults = [c for p in phases if (c := (penalty, problem, p)) in FAULTS]
+    reasons = [FAULTS[c] for c in faults if not (alone and c in ONLY_IN_PAIRS)]
+    # Of two phases the second may mend what the first has spoilt.
+    marks = [pytest.mark.xfail(strict=alone, reason=reason) for reason in reasons[:1]]
+    return pytest.param(
+        penalty, problem, phases, marks=marks, id="-".join((penalty, problem, *phases))
+    )
 
 
 # A scale that jumps is reported, as it should be: for a while the multiplier is far off.
@@ -73,7 +80,7 @@ def marked(penalty, problem, phases):
 @pytest.mark.parametrize(("penalty", "problem", "phases"), [marked(*case) for case in cases()])
 def test_a_run_comes_back(penalty, problem, phases):
     run = Run(PROBLEMS[problem](), rates=RATES[problem], penalty=penalty)
-    tail = sum(LATE.get(name, TAIL) for name in phases)
+    tail = sum(LATE.get(name, LATE.get((penalty, name), TAIL)) for name in phases)
     run.go([Phase(60), *(PHASES[name] for name in phases), Phase(tail)])
     # A weight of the value gap that collapsed has a large bias, and is no excuse.
     assert run.errors[-1] <= LEFT.get(problem, 1e-6) + min(3 * bias(problem, run), 0.1)
