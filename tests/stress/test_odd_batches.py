@@ -79,22 +79,27 @@ def test_batches_without_weight(penalty, silent):
     }[silent]
     for k in range(sized(500, 20_000)):
         run.step(weight=0.0 if is_silent(k) else 1.0)
-    assert run.error < 1e-4
+    assert run.error < sized(1e-3, 1e-9)
 
 
 def test_curvature_and_multiplier_through_silence():
-    """u and v held: L is the largest eigenvalue of H, and q solves H q = -grad_v f; a flat g later
-    says nothing of either."""
+    """u and v held: L is the largest eigenvalue of H, and q solves H q = -grad_v f; when g goes
+    flat q waits from the next probe on, at most 20 steps of ||grad_v f|| / L later."""
     run = Samples(upper=0.0)
     run.optimizer.lower.param_groups[0]["lr"] = 0.0
-    H = run.x.T @ run.x / 6
-    for k in range(500):
-        run.step(weight=0.0 if probed(k) and k < 100 else 1.0)
-    q = -torch.linalg.solve(H, run.v.detach() - run.b)
-    # Forgotten by a thousandth per step between two probes, at most 20 steps apart.
-    stiffest = pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=0.03)
-    for weight, steps in ((1.0, 1), (0.0, 200), (1.0, 1)):
+    H, slope = run.x.T @ run.x / 6, run.v.detach() - run.b
+    q, stiffest = -torch.linalg.solve(H, slope), float(torch.linalg.eigvalsh(H)[-1])
+
+    def gone(weight, steps):
         for _ in range(steps):
             run.step(weight=weight)
-        torch.testing.assert_close(run.optimizer.adjoint[0], q, rtol=1e-6, atol=1e-6)
-        assert run.optimizer._dual.scalars["curvature"] == stiffest
+        # Forgotten by a thousandth per step between two probes.
+        bound = run.optimizer._dual.scalars["curvature"]
+        assert bound == pytest.approx(stiffest, rel=0.03)
+        return float((run.optimizer.adjoint[0] - q).norm())
+
+    for k in range(400):
+        run.step(weight=0.0 if probed(k) and k < 100 else 1.0)
+    assert gone(1.0, 1) < 1e-6
+    assert gone(0.0, 200) < 20 * float(slope.norm()) / (0.97 * stiffest)
+    assert gone(1.0, 500) < 1e-6
