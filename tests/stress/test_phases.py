@@ -38,6 +38,7 @@ FAULTS = {
     ("fixed_point", "loose", "f up"): "the pull is too weak after f was larger by six orders",
     ("value", "loose", "rates off"): "the value gap does not settle where argmin g is not unique",
     ("value", "sloped", "g faint"): "the value gap is lost after g was smaller by six orders",
+    ("value", "indefinite", "g faint"): "the value gap is lost after g was smaller by six orders",
     ("value", "sloped", "g up"): "the weight of the value gap stands still after g was larger",
 }
 ONLY_IN_PAIRS = {("value", "sloped", "g up")}
