@@ -46,16 +46,18 @@ def probed(k):
     return k < 10 or k % 20 == 0
 
 
+# With one sample per batch the ratio that is reported is mostly noise on the way.
+@pytest.mark.filterwarnings("ignore:.*not to be trusted")
 @pytest.mark.parametrize("seed", range(sized(1, 5)))
 @pytest.mark.parametrize("penalty", ["stationarity", "value"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batches_of_one(dtype, penalty, seed):
     """No batch knows more than one direction, and every one agrees with the solution."""
     run = Samples(seed, dtype, penalty=penalty)
-    for _ in range(sized(600, 20_000)):
+    for _ in range(sized(1000, 20_000)):
         i = int(torch.randint(6, (1,), generator=run.draw))
         run.step(slice(i, i + 1))
-    assert run.error < 1e-4
+    assert run.error < sized(1e-3, 1e-5)
 
 
 def silences():

@@ -28,6 +28,7 @@ OF_G = {"g flat", "g up", "g down", "g faint"}  # a map has no scale and is neve
 # The bound on the curvature is forgotten by a hundredth per step, and is six orders too large; a
 # multiplier six orders too long takes as long to shrink where H is flattest.
 LATE = {"g up": 2500, ("fixed_point", "f up"): 2000, ("value", "g faint"): 1500}
+LATE |= {("value", "f faint"): 6000}  # its weight starts again at the size of that f
 TAIL = 600
 
 # ``loose`` is drawn along the valley of g by a pull that fades like 1 / t.
