@@ -27,56 +27,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _cleaning_digits import Cleaning
 from _kinds import KINDS, twice_differentiable
-from sklearn.datasets import load_digits
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from torch_penalty_bilevel import BilevelWarning, NonFiniteError, PenaltyBilevelOptimizer
+from torch_penalty_bilevel import BilevelWarning, NonFiniteError
 from torch_penalty_bilevel.curvature import Automatic
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from _table import markdown
 
 ENGINES = ("auto", "double_backward", "finite_difference")
-CLEAN, TRAIN, BATCH = 50, 1000, 100
 
 
 def told_right(kind: str, engine: str, seed: int, epochs: int) -> tuple[float, float]:
     """The score, and the share of steps in which differences were in use."""
-    x, y, given, wrong = _noisy(seed)
-    torch.manual_seed(seed)
-    model = KINDS[kind]()
-    u = torch.zeros(TRAIN, requires_grad=True)
-    optimizer = PenaltyBilevelOptimizer(
-        [u], model.parameters(), upper_lr=0.1, lower_lr=1e-2, curvature=engine
+    cleaning = Cleaning(kind, engine, seed)
+    used, switched = cleaning.optimizer.curvature, []
+    cleaning.optimizer.register_step_post_hook(
+        lambda *_: switched.append(isinstance(used, Automatic) and used.switched)
     )
-    clean = slice(TRAIN, TRAIN + CLEAN)
-    differences = steps = 0
     for _ in range(epochs):
-        for i in torch.randperm(TRAIN).split(BATCH):
-
-            def g(i: Tensor = i) -> Tensor:
-                losses = cross_entropy(model(x[i]), given[i], reduction="none")
-                return (u[i].sigmoid() * losses).mean()
-
-            optimizer.step(lambda: cross_entropy(model(x[clean]), y[clean]), g)
-            used = optimizer.curvature
-            differences += used.switched if isinstance(used, Automatic) else 0
-            steps += 1
-    return float(((u > 0) != wrong).float().mean()), differences / steps
-
-
-def _noisy(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, true labels, given labels, which of those are wrong."""
-    x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
-    draw = torch.Generator().manual_seed(1000 + seed)
-    order = torch.randperm(len(y), generator=draw)
-    x, y = (x.float() / 16).reshape(-1, 1, 8, 8)[order], y[order]
-    wrong = torch.rand(TRAIN, generator=draw) < 0.5
-    other = (y[:TRAIN] + torch.randint(1, 10, (TRAIN,), generator=draw)) % 10
-    return x, y, torch.where(wrong, other, y[:TRAIN]), wrong
+        cleaning.epoch()
+    return cleaning.told_right, statistics.mean(switched)
 
 
 def run(kind: str, engine: str, seed: int, epochs: int) -> dict[str, Any]:

@@ -31,12 +31,14 @@ class Known(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Factors of f, g and both learning rates for so many upper steps."""
+    """Factors of f, g, both learning rates and each of them for so many upper steps."""
 
     steps: int
     f: float = 1.0
     g: float = 1.0
     rate: float = 1.0
+    upper: float = 1.0
+    lower: float = 1.0
 
 
 def followed(away: float = 1.0, dtype: torch.dtype = torch.float64) -> Known:
@@ -101,10 +103,9 @@ class Run:
         for phase in phases:
             for _ in range(phase.steps):
                 left = phase.rate * (decay(done / total) if decay else 1.0)
-                for rate, level in zip(
-                    self.rates, (self.optimizer.upper, self.optimizer.lower), strict=True
-                ):
-                    level.param_groups[0]["lr"] = rate * left
+                upper, lower = self.rates
+                self.optimizer.upper.param_groups[0]["lr"] = upper * phase.upper * left
+                self.optimizer.lower.param_groups[0]["lr"] = lower * phase.lower * left
                 self._step(phase)
                 done += 1
                 self.errors.append(self.known.error(self.u.detach(), self.v.detach()))
