@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint suite rates bench bench-report clean
+.PHONY: help demo test mutations lint suite rates bench bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -34,6 +34,9 @@ demo: $(VENV)/.demo  ## clean mislabelled digits; table and picture in results/
 
 test: $(VENV)/.test  ## run the tests on all cores, with branch coverage
 	$(RUN) -m pytest --numprocesses auto --cov --cov-report=term --cov-fail-under=95
+
+mutations: $(VENV)/.test  ## break the code on purpose: does a test see it? report in results/
+	$(RUN) tests/mutations/run.py --resume
 
 lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/ruff check .
