@@ -1,9 +1,12 @@
 """The catalogue of mutations fits the code, and its runner catches one."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
+from covering import Covering
+from forking import Nursery
 from judging import copied, judged
 from mutants import PACKAGE, ROOT, Mutation, bare_modules, read
 
@@ -53,7 +56,8 @@ def test_a_mutation_is_caught_on_a_copy(tmp_path):
     mutation = next(m for m in MUTATIONS if m.name == "reason-is-the-remedy")
     before = (copy / mutation.path).read_text()
     blind, sees = (f"tests/test_here.py::test_{name}" for name in ("blind", "sees"))
-    verdict = judged(mutation, copy, [blind, sees], [], {})
+    with contextlib.closing(Nursery()) as nursery:
+        verdict = judged(mutation, nursery, copy, [blind, sees], [], Covering())
     assert (verdict["end"], verdict["by"]) == ("caught", sees)
     assert (copy / mutation.path).read_text() == before
     assert (ROOT / mutation.path).read_text() == before

@@ -20,18 +20,19 @@ def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_change
 
 def test_options_that_a_hook_changed_are_put_back_when_the_step_fails():
     task = Task(lower_steps=2).run(1)
-    rate, calls = task.optimizer.lower.param_groups[0]["lr"], []
+    rate, seen = task.optimizer.lower.param_groups[0]["lr"], []
 
     def halve(rule, *_):
         rule.param_groups[0]["lr"] *= 0.5
+        seen.append(rule.param_groups[0]["lr"])
 
     def lower():
-        calls.append(1)
-        return task.lower() * (float("nan") if len(calls) == 2 else 1.0)
+        return task.lower() * (float("nan") if seen else 1.0)
 
     task.optimizer.lower.register_step_pre_hook(halve)
     with pytest.raises(NonFiniteError):
         task.optimizer.step(task.upper, lower)
+    assert seen == [0.5 * rate]  # v moved once before the step failed
     assert task.optimizer.lower.param_groups[0]["lr"] == rate
 
 

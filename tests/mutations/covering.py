@@ -7,21 +7,17 @@ import functools
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from coverage import CoverageData
+from forking import Nursery
 from listed import Plan, Report
 from mutants import PACKAGE, Mutation
 
 
-class Slow(Exception):
-    """The tests took longer than allowed."""
-
-
 def tested(
+    nursery: Nursery,
     copy: pathlib.Path,
     tests: Sequence[str] | None,
     options: Sequence[str],
@@ -42,27 +38,11 @@ def tested(
     # No bytecode: a mutated file may have the size and, to the second, the time of the true one.
     variables = {"PYTHONPATH": places, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     variables |= {"MUTATION_PLAN": str(plan_file), **environment}
-    command = [sys.executable, "-m", "pytest", "-p", "listed", "-p", "no:cacheprovider", "-q"]
     files = [] if tests is None else sorted({test.partition("::")[0] for test in tests})
-    process = subprocess.Popen(
-        [*command, *options, *files],
-        cwd=copy,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise Slow from None
-        raise
-    if not report_file.exists() or process.returncode not in (0, 1, 2, 5):
-        raise RuntimeError(f"pytest ended with {process.returncode}:\n{output[-3000:]}")
+    arguments = ["-p", "listed", "-p", "no:cacheprovider", "-q", *options, *files]
+    status, output = nursery.run(arguments, copy, variables, limit)
+    if not report_file.exists() or status not in (0, 1, 2, 5):
+        raise RuntimeError(f"pytest ended with {status}:\n{output[-3000:]}")
     report: Report = json.loads(report_file.read_text())
     home = report["package"]
     if home and not pathlib.Path(home).resolve().is_relative_to(copy.resolve()):
@@ -71,27 +51,36 @@ def tested(
 
 
 class Covering:
-    """The map, in a folder of its own.
+    """The map, from a folder of its own; None: an empty one.
 
     Where the package has changed since it was made, lines are carried over by comparison.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        """What each test takes."""
+        self.breadth: Mapping[str, int] = {}
+        """How many lines of the package each test runs."""
+        self._sources: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        if folder is None:
+            return
         saved = json.loads((folder / "map.json").read_text())
-        self.seconds: dict[str, float] = saved["seconds"]
-        self._sources: dict[str, str] = saved["sources"]
+        self.seconds, self._sources = saved["seconds"], saved["sources"]
         self._data = CoverageData(str(folder / "covered"))
         self._data.read()
         self._files = {
             path[path.rindex(PACKAGE + "/") :]: path for path in self._data.measured_files()
         }
+        every = (tests for path in self._files for tests in self._covered(path).values())
+        self.breadth = Counter(test for tests in every for test in tests)
 
     @staticmethod
-    def made(copy: pathlib.Path, folder: pathlib.Path, jobs: int) -> Covering:
+    def made(nursery: Nursery, copy: pathlib.Path, folder: pathlib.Path, jobs: int) -> Covering:
         """Run the whole suite once; RuntimeError if it does not pass."""
         folder.mkdir(parents=True, exist_ok=True)
         options = ["--numprocesses", str(jobs), "--cov", "--cov-context=test", "--cov-report="]
-        report = tested(copy, None, options, None, COVERAGE_FILE=str(folder / "covered"))
+        report = tested(nursery, copy, None, options, None, COVERAGE_FILE=str(folder / "covered"))
         if report["failed"]:
             raise RuntimeError(f"the suite fails as it is: {report['failed']}: {report['reason']}")
         paths = (copy / PACKAGE).rglob("*.py")

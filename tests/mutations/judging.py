@@ -7,10 +7,10 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
 from typing import TypedDict
 
-from covering import Slow, tested
+from covering import Covering, tested
+from forking import Nursery, Slow
 from mutants import PACKAGE, ROOT, Mutation
 
 _LEFT_OUT = shutil.ignore_patterns(
@@ -19,6 +19,7 @@ _LEFT_OUT = shutil.ignore_patterns(
 )
 # Seconds of tests in the parts of a selection; what is caught is mostly caught in the first.
 _PARTS = (5.0, 30.0, 60.0)
+_FILES = 3  # in the first part: to collect tests from many files takes longer than to run them
 
 
 class Verdict(TypedDict):
@@ -56,20 +57,22 @@ def _state(mutation: Mutation, by: str, root: pathlib.Path) -> str:
 
 def judged(
     mutation: Mutation,
+    nursery: Nursery,
     copy: pathlib.Path,
     tests: list[str],
     new: list[str],
-    seconds_of: Mapping[str, float],
+    covering: Covering,
     within: float = math.inf,
 ) -> Verdict:
     """Apply it in ``copy``, run ``new`` and ``tests`` until one fails, and put the file back.
 
     Args:
         mutation: to be judged.
+        nursery: runs pytest.
         copy: of the repository.
         tests: that cover its lines, the fastest first.
         new: tests of which no map knows what they cover.
-        seconds_of: what each takes.
+        covering: says what each takes.
         within: leave out what comes after this many seconds of tests.
     """
     begun, path = time.monotonic(), copy / mutation.path
@@ -78,13 +81,13 @@ def judged(
     path.write_text(mutation.applied(source))
     try:
         spent = 0.0
-        for part in _parts([*new, *tests], seconds_of):
+        for part in _parts([*new, *tests], covering):
             if spent > within:
                 end = "unseen"
                 break
-            expected = sum(seconds_of.get(test, 1.0) for test in part)
+            expected = sum(covering.seconds.get(test, 1.0) for test in part)
             spent += expected
-            report = tested(copy, part, ["-x"], 120 + 6 * expected)
+            report = tested(nursery, copy, part, ["-x"], 120 + 6 * expected)
             if report["failed"]:
                 end, by, reason = "caught", report["failed"], report["reason"]
                 break
@@ -98,17 +101,33 @@ def judged(
     return Verdict(end=end, by=by, reason=reason, tests=count, seconds=seconds, state=state)
 
 
-def _parts(tests: list[str], seconds: Mapping[str, float]) -> list[list[str]]:
-    parts: list[list[str]] = [[]]
+def _parts(tests: list[str], covering: Covering) -> list[list[str]]:
+    """In the order to run them: first a few files of tests that run little else."""
+    closest = _closest(tests, covering)
+    parts: list[list[str]] = [closest, []]
     spent = 0.0
-    for test in tests:
-        taken = seconds.get(test, 1.0)
-        if parts[-1] and len(parts) <= len(_PARTS) and spent + taken > _PARTS[len(parts) - 1]:
+    for test in (t for t in tests if t not in closest):
+        taken = covering.seconds.get(test, 1.0)
+        if parts[-1] and len(parts) - 1 <= len(_PARTS) and spent + taken > _PARTS[len(parts) - 2]:
             parts.append([])
             spent = 0.0
         parts[-1].append(test)
         spent += taken
     return [part for part in parts if part]
+
+
+def _closest(tests: list[str], covering: Covering) -> list[str]:
+    """Fast tests that run few lines, so that these are what they are about."""
+    found: list[str] = []
+    files: set[str] = set()
+    spent = 0.0
+    for test in sorted(tests, key=lambda t: covering.breadth.get(t, math.inf)):
+        file, taken = test.partition("::")[0], covering.seconds.get(test, 1.0)
+        if spent + taken <= _PARTS[0] and (file in files or len(files) < _FILES):
+            found.append(test)
+            files.add(file)
+            spent += taken
+    return sorted(found, key=lambda t: covering.seconds.get(t, 1.0))
 
 
 def table(mutations: list[Mutation], verdicts: dict[str, Verdict]) -> str:

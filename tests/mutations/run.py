@@ -12,6 +12,7 @@ tests, the fastest first, until one fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import math
@@ -22,11 +23,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from covering import Covering, tested
+from forking import Nursery
 from judging import Verdict, copied, holds, judged, table
 from mutants import PACKAGE, ROOT, Mutation, read
 from tqdm import tqdm
 
 RESULTS = ROOT / "results" / "mutations"
+_OWN = "tests/test_mutations.py"  # sees every mutation: the old text is gone
 
 
 def run(
@@ -37,41 +40,48 @@ def run(
     known: dict[str, Verdict],
 ) -> None:
     """Judge them all, on ``jobs`` copies at a time; verdicts go to ``known`` and to the file."""
-    with tempfile.TemporaryDirectory(prefix="mutations") as folder:
-        copies: queue.Queue[pathlib.Path] = queue.Queue()
+    with tempfile.TemporaryDirectory(prefix="mutations") as folder, contextlib.ExitStack() as stack:
+        places: queue.Queue[tuple[Nursery, pathlib.Path]] = queue.Queue()
         for number in range(jobs):
-            copies.put(copied(pathlib.Path(folder) / f"copy{number}"))
-        first = copies.get()
-        here = tested(first, None, ["--collect-only"], 300)["tests"]
-        copies.put(first)
+            nursery = stack.enter_context(contextlib.closing(Nursery()))
+            places.put((nursery, copied(pathlib.Path(folder) / f"copy{number}")))
+        first = places.get()
+        here = tested(*first, None, ["--collect-only"], 300)["tests"]
+        places.put(first)
+        here = [test for test in here if not test.startswith(_OWN)]
         new = [test for test in here if test not in covering.seconds]
         if new:
             print(f"{len(new)} tests are not in the map: all mutations meet them", file=sys.stderr)
         existing = set(here)
 
         def one(mutation: Mutation) -> Verdict:
-            copy = copies.get()
+            place = places.get()
             try:
+                _, copy = place
                 tests = covering.tests(mutation, (copy / mutation.path).read_text())
                 existing_tests = [t for t in tests if t in existing]
-                return judged(mutation, copy, existing_tests, new, covering.seconds, within)
+                return judged(mutation, *place, existing_tests, new, covering, within)
             finally:
-                copies.put(copy)
+                places.put(place)
 
         with ThreadPoolExecutor(jobs) as pool:
             waiting = {pool.submit(one, mutation): mutation for mutation in mutations}
-            for done in tqdm(as_completed(waiting), total=len(waiting), unit="mutation"):
-                known[waiting[done].name] = done.result()
-                (RESULTS / "verdicts.json").write_text(json.dumps(known, indent=1))
+            try:
+                for done in tqdm(as_completed(waiting), total=len(waiting), unit="mutation"):
+                    known[waiting[done].name] = done.result()
+                    (RESULTS / "verdicts.json").write_text(json.dumps(known, indent=1))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         witnesses = {known[m.name]["by"] for m in mutations}
         fast = sorted(witnesses & existing, key=lambda test: covering.seconds.get(test, 1.0))
         if fast:
-            _check_that_they_pass(copies.get(), fast)
+            _check_that_they_pass(*places.get(), fast)
 
 
-def _check_that_they_pass(copy: pathlib.Path, witnesses: list[str]) -> None:
+def _check_that_they_pass(nursery: Nursery, copy: pathlib.Path, witnesses: list[str]) -> None:
     """A test that fails without any mutation, run as here, is no witness."""
-    report = tested(copy, witnesses, [], 1800)
+    report = tested(nursery, copy, witnesses, [], 1800)
     if report["failed"]:
         raise RuntimeError(f"{report['failed']} fails without a mutation: {report['reason']}")
 
@@ -102,8 +112,12 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     if chosen.map or not (RESULTS / "map.json").exists():
         print("running the whole suite once, to see which tests cover which lines", file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix="mutations") as folder:
-            Covering.made(copied(pathlib.Path(folder) / "copy"), RESULTS, chosen.jobs)
+        with (
+            tempfile.TemporaryDirectory(prefix="mutations") as folder,
+            contextlib.closing(Nursery()) as nursery,
+        ):
+            copy = copied(pathlib.Path(folder) / "copy")
+            Covering.made(nursery, copy, RESULTS, chosen.jobs)
     covering = Covering(RESULTS)
     if stale := covering.stale(ROOT / PACKAGE):
         print(f"the map is of another state of {len(stale)} files: --map?", file=sys.stderr)
