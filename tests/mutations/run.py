@@ -128,9 +128,9 @@ def main() -> int:
         kept = {m for m in mutations if m.name in known and holds(m, known[m.name])}
     else:
         kept = set[Mutation]()
-    others = {m for m in read() if m.name in known and not matches(m)}
-    known = {m.name: known[m.name] for m in kept | others}
-    run([m for m in mutations if m not in kept], covering, chosen.jobs, chosen.within, known)
+    waiting = [m for m in mutations if m not in kept]
+    waiting.sort(key=lambda m: m.name in known)  # those that never were judged come first
+    run(waiting, covering, chosen.jobs, chosen.within, known)
     text = table(mutations, known)
     (RESULTS / "report.md").write_text(text)
     print(text)
