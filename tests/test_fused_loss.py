@@ -166,10 +166,11 @@ def test_a_start_at_the_solution_does_not_hide_the_dependence(loss, start, engin
     assert optimizer.metrics.residual_norm == 0
 
 
-def test_a_constant_entry_of_r_is_no_cut():
-    """g is linear in b: its slope has no graph, rightly."""
+@pytest.mark.parametrize("start", [1.0, 0.5])
+def test_a_constant_entry_of_r_is_no_cut(start):
+    """g is linear in b: its slope has no graph, rightly; that of a may vanish or not."""
     u = torch.ones(3, requires_grad=True)
-    a, b = torch.ones(3, requires_grad=True), torch.zeros(2, requires_grad=True)
+    a, b = torch.full((3,), start, requires_grad=True), torch.zeros(2, requires_grad=True)
     optimizer = PenaltyBilevelOptimizer([u], [a, b], curvature="double_backward")
     optimizer.step(
         lambda: (a - 2).square().sum(),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from hypergradient_runs import Run
 from torch.testing import assert_close
 
-from torch_penalty_bilevel import BilevelWarning
+from torch_penalty_bilevel import BilevelWarning, FiniteDifference
 from torch_penalty_bilevel.functional import hypergradient
 from torch_penalty_bilevel.hypergradients import OPTIONS_OF
 
@@ -50,3 +53,24 @@ def test_after_a_breakdown_no_part_is_a_plausible_number() -> None:
             lambda u, v: v.sum() + u[1].sum(), lambda u, v: -(v - u[0]).square().sum(), (u, u), u
         )
     assert all(gradient.isnan().all() for gradient in gradients)
+
+
+def test_the_error_of_sensitivities_is_relative_to_what_they_solve_for() -> None:
+    """g = a (v - u)^2 / 2: after T steps ||dr/du + dr/dv Z|| / ||dr/du|| = (1 - eta a)^T."""
+    u = torch.ones(1)
+    for a in (1e-2, 1e2):
+        for tolerance, enough in ((2 * 0.5**10, True), (0.5 * 0.5**10, False)):
+            f, g = lambda u, v: v.sum(), lambda u, v, a=a: a * (v - u).square().sum() / 2
+            options = {"step_size": 0.5 / a, "lower_steps": 10, "tolerance": tolerance}
+            with contextlib.nullcontext() if enough else pytest.warns(BilevelWarning):
+                _, info = hypergradient(f, g, u, u, method="forward", **options)
+            assert info.converged == enough
+            assert info.residual_norm == pytest.approx(a * 0.5**10, rel=1e-9)
+
+
+@pytest.mark.parametrize("central", [False, True])
+def test_products_are_counted_at_what_they_cost(central: bool) -> None:
+    run = Run(method="one_step", curvature=FiniteDifference(central=central))
+    run.step()
+    # One lower gradient, f, r at the end, and a difference of one or two gradients.
+    assert run.optimizer.metrics.gradient_evaluations == (5 if central else 4)

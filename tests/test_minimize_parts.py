@@ -144,3 +144,4 @@ def test_lanczos_finds_the_lowest() -> None:
     assert ratio == pytest.approx(-0.7 / 3, rel=1e-9)
     assert_close(A @ x, -0.7 * x, rtol=0, atol=1e-8)
     assert lanczos_lowest(lambda y: 2 * y, torch.zeros(5))[0] == pytest.approx(1)
+    assert lanczos_lowest(lambda y: 0 * y, torch.zeros(5))[0] == 0  # not 0 / 0

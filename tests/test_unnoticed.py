@@ -6,7 +6,11 @@ import pytest
 import torch
 from tasks import Task
 
-from torch_penalty_bilevel import NonFiniteError, PenaltyBilevelOptimizer
+from torch_penalty_bilevel import (
+    NonFiniteError,
+    PenaltyBilevelOptimizer,
+    UnusedParameterError,
+)
 
 
 def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_changes():
@@ -88,3 +92,17 @@ def test_a_group_tensor_replaced_by_one_of_another_length_is_named():
         change(task.optimizer.lower.param_groups[0]["params"])
         with pytest.raises(ValueError, match=r"of shape \(7,\) is not what its group held"):
             task.run(1)
+
+
+def test_names_count_through_the_groups():
+    """upper[1] is the second tensor, whatever group it is in."""
+    a, b, v = (torch.ones(1, requires_grad=True) for _ in range(3))
+    optimizer = PenaltyBilevelOptimizer([{"params": [a]}, {"params": [b]}], [v])
+    with pytest.raises(UnusedParameterError, match=r"\['upper\[1\]'\]"):
+        optimizer.step(lambda: v.square().sum(), lambda: (v - a).square().sum())
+
+
+def test_a_lower_tensor_of_integers_is_refused_at_construction():
+    u, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    with pytest.raises(TypeError, match=r"'lower\[1\]' of lower has dtype torch.int64"):
+        PenaltyBilevelOptimizer([u], [v, torch.ones(1, dtype=torch.int64)])

@@ -81,7 +81,7 @@ def judged(
     path.write_text(mutation.applied(source))
     try:
         spent = 0.0
-        for part in _parts([*new, *tests], covering):
+        for part in _parts([*new, *tests], covering, mutation.tests):
             if spent > within:
                 end = "unseen"
                 break
@@ -101,9 +101,9 @@ def judged(
     return Verdict(end=end, by=by, reason=reason, tests=count, seconds=seconds, state=state)
 
 
-def _parts(tests: list[str], covering: Covering) -> list[list[str]]:
-    """In the order to run them: first a few files of tests that run little else."""
-    closest = _closest(tests, covering)
+def _parts(tests: list[str], covering: Covering, hints: tuple[str, ...]) -> list[list[str]]:
+    """In the order to run them: first a few files, those named or with tests of little else."""
+    closest = _closest(tests, covering, hints)
     parts: list[list[str]] = [closest, []]
     spent = 0.0
     for test in (t for t in tests if t not in closest):
@@ -116,9 +116,12 @@ def _parts(tests: list[str], covering: Covering) -> list[list[str]]:
     return [part for part in parts if part]
 
 
-def _closest(tests: list[str], covering: Covering) -> list[str]:
-    """Fast tests that run few lines, so that these are what they are about."""
-    found: list[str] = []
+def _closest(tests: list[str], covering: Covering, hints: tuple[str, ...]) -> list[str]:
+    """Fast tests of the files named; of others those that run few lines and so are about these."""
+    found = [test for test in tests if test.partition("::")[0] in hints]
+    found = [test for test in found if covering.seconds.get(test, 1.0) <= _PARTS[0]]
+    if found:
+        return found
     files: set[str] = set()
     spent = 0.0
     for test in sorted(tests, key=lambda t: covering.breadth.get(t, math.inf)):
