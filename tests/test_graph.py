@@ -109,6 +109,7 @@ def test_checkpoints(reentrant: bool) -> None:
         (lambda x: F.elu(x, alpha=2.0), "Elu"),
         (F.selu, "Elu"),
         (F.elu, None),
+        (lambda x: torch.ops.aten.elu(x, 2.0, 1.0, 0.5), None),  # slopes 1 and 2 * 0.5
         (lambda x: F.celu(x, alpha=2.0), None),  # both slopes at 0 are 1, whatever alpha
         (lambda x: torch.linalg.vector_norm(x, float("inf")), "LinalgVectorNorm"),
         (lambda x: torch.linalg.vector_norm(x, 1), "LinalgVectorNorm"),

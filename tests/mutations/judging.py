@@ -45,11 +45,11 @@ def copied(to: pathlib.Path) -> pathlib.Path:
 
 
 def _state(mutation: Mutation, by: str, root: pathlib.Path) -> str:
-    """The entry, the package, and the tests: all of them, or the file of the one that failed."""
+    """What is changed, the package, and the tests: all of them, or the file of the one that failed."""
     tests = root / by.partition("::")[0]
     paths = sorted((root / PACKAGE).rglob("*.py"))
     paths += [tests] if by and tests.is_file() else sorted((root / "tests").glob("*.py"))
-    digest = hashlib.sha256(repr(mutation).encode())
+    digest = hashlib.sha256(repr(mutation[:4]).encode())
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -81,7 +81,7 @@ def judged(
     path.write_text(mutation.applied(source))
     try:
         spent = 0.0
-        for part in _parts([*new, *tests], covering, mutation.tests):
+        for part in _parts([*new, *tests], covering, mutation.first):
             if spent > within:
                 end = "unseen"
                 break
@@ -118,15 +118,15 @@ def _parts(tests: list[str], covering: Covering, hints: tuple[str, ...]) -> list
 
 def _closest(tests: list[str], covering: Covering, hints: tuple[str, ...]) -> list[str]:
     """Fast tests of the files named; of others those that run few lines and so are about these."""
-    found = [test for test in tests if test.partition("::")[0] in hints]
-    found = [test for test in found if covering.seconds.get(test, 1.0) <= _PARTS[0]]
-    if found:
-        return found
+    named = [test for test in tests if test.partition("::")[0] in hints]
+    narrow = sorted(tests, key=lambda t: covering.breadth.get(t, math.inf))
+    limit, most = (_PARTS[1], len(hints)) if named else (_PARTS[0], _FILES)
+    found: list[str] = []
     files: set[str] = set()
     spent = 0.0
-    for test in sorted(tests, key=lambda t: covering.breadth.get(t, math.inf)):
+    for test in named or narrow:
         file, taken = test.partition("::")[0], covering.seconds.get(test, 1.0)
-        if spent + taken <= _PARTS[0] and (file in files or len(files) < _FILES):
+        if spent + taken <= limit and (file in files or len(files) < most):
             found.append(test)
             files.add(file)
             spent += taken

@@ -2,7 +2,8 @@
 
 An entry has a ``name``, the ``file`` inside the package, ``old`` (a text that occurs there exactly
 once), ``new`` in its place, ``why`` that is wrong, and if the map of covered lines cannot know who
-sees it (tests in other processes, code that runs on import) ``tests``: files to run as well.
+sees it (tests in other processes, code that runs on import) ``tests``: files to run as well. The
+table ``first`` of a catalogue file names, for each module, test files to begin with.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Mutation(NamedTuple):
     why: str
     tests: tuple[str, ...] = ()
     """Files that see it, beside the tests that cover its lines."""
+    first: tuple[str, ...] = ()
+    """Files to begin with."""
 
     @property
     def path(self) -> str:
@@ -80,11 +83,13 @@ def read(folder: pathlib.Path = CATALOGUE) -> list[Mutation]:
     """All entries; ValueError for one that is not complete, or a name given twice."""
     found: list[Mutation] = []
     for path in sorted(folder.glob("*.toml")):
-        entries: list[dict[str, Any]] = tomllib.loads(path.read_text())["mutation"]
-        for entry in entries:
+        content: dict[str, Any] = tomllib.loads(path.read_text())
+        for entry in content["mutation"]:
             if entry.keys() | {"tests"} != _ENTRIES:
                 raise ValueError(f"{path.name}: {entry.get('name')} has {sorted(entry)}")
-            found.append(Mutation(**entry | {"tests": tuple(entry.get("tests", ()))}))
+            tests = tuple(entry.get("tests", ()))
+            first = tests or tuple(content.get("first", {}).get(entry["file"], ()))
+            found.append(Mutation(**entry | {"tests": tests, "first": first}))
     if twice := [n for n, k in Counter(m.name for m in found).items() if k > 1]:
         raise ValueError(f"names given twice: {twice}")
     return found
