@@ -45,7 +45,7 @@ def copied(to: pathlib.Path) -> pathlib.Path:
 
 
 def _state(mutation: Mutation, by: str, root: pathlib.Path) -> str:
-    """What is changed, the package, and the tests: all of them, or the file of the one that failed."""
+    """Change, package and tests: all of them, or the file of the one that failed."""
     tests = root / by.partition("::")[0]
     paths = sorted((root / PACKAGE).rglob("*.py"))
     paths += [tests] if by and tests.is_file() else sorted((root / "tests").glob("*.py"))
