@@ -45,10 +45,11 @@ def copied(to: pathlib.Path) -> pathlib.Path:
 
 
 def _state(mutation: Mutation, by: str, root: pathlib.Path) -> str:
-    """Change, package and tests: all of them, or the file of the one that failed."""
-    tests = root / by.partition("::")[0]
-    paths = sorted((root / PACKAGE).rglob("*.py"))
-    paths += [tests] if by and tests.is_file() else sorted((root / "tests").glob("*.py"))
+    """Of what was caught the change, its file and that of the test; else all of code and tests."""
+    test = root / by.partition("::")[0]
+    paths = [root / mutation.path, test]
+    if not (by and test.is_file()):
+        paths = [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / "tests").glob("*.py"))]
     digest = hashlib.sha256(repr(mutation[:4]).encode())
     for path in paths:
         digest.update(path.read_bytes())
