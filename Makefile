@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test stress lint suite rates bench bench-report clean
+.PHONY: help demo test stress mutations lint suite rates bench bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -37,6 +37,9 @@ test: $(VENV)/.test  ## run the tests on all cores, with branch coverage
 
 stress: $(VENV)/.test  ## long runs, phases, kinds of network and seeds, all of them; an hour or more
 	STRESS=long $(RUN) -m pytest --numprocesses auto --dist worksteal tests/stress
+
+mutations: $(VENV)/.test  ## break the code on purpose: does a test see it? report in results/
+	$(RUN) tests/mutations/run.py --resume
 
 lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/ruff check .

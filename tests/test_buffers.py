@@ -128,6 +128,16 @@ def test_each_level_moves_its_own_modules() -> None:
     assert_close(second.running_mean, MOVED)
 
 
+def test_lower_wins_also_where_what_it_wrote_is_what_was_there() -> None:
+    module = norm()
+    guard = BufferGuard(Scope())
+    for level in ("upper", "lower"):
+        with guard.evaluation(level, lambda: module):  # type: ignore[arg-type]
+            module.running_mean.fill_(1.0 if level == "upper" else 0.0)
+    guard.commit()
+    assert_close(module.running_mean, torch.zeros_like(MOVED))
+
+
 def test_commit_starts_afresh() -> None:
     module = norm()
     guard = BufferGuard(Scope())

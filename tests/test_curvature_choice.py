@@ -16,7 +16,12 @@ from torch_penalty_bilevel import (
     NonFiniteError,
     PenaltyBilevelOptimizer,
 )
-from torch_penalty_bilevel.curvature import Automatic, DoubleBackward
+from torch_penalty_bilevel.curvature import (
+    Automatic,
+    DoubleBackward,
+    evidence,
+    takes_differences,
+)
 from torch_penalty_bilevel.tensors import Pair
 
 FIRST, PERIOD = Automatic._FIRST, Automatic._PERIOD
@@ -212,3 +217,18 @@ def test_self_check_compares_with_exact_products_where_a_difference_was_a_choice
     must = Automatic()
     must.switch()
     assert must.exact().switched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_64_bits_no_saving_is_enough(dtype, monkeypatch) -> None:
+    found = evidence.Evidence(traffic=100.0, disagreement=1e-9, spread=1e-9)
+    monkeypatch.setattr(evidence, "weigh", lambda *_: found)
+    task = Task(normalised(), dtype).run(FIRST)
+    assert task.engine.switched == (dtype == torch.float32)
+
+
+def test_auto_takes_differences_when_it_has_gone_over() -> None:
+    engine = Automatic()
+    assert not takes_differences(engine)
+    engine.switch()
+    assert takes_differences(engine)

@@ -117,6 +117,20 @@ def test_a_growing_certificate_brings_the_look_forward_and_double_backward_back(
     assert all(map(torch.equal, product.lower, expected.lower))
 
 
+def test_an_alarm_brings_one_look_and_no_more() -> None:
+    task = Task(normalised()).run(FIRST)
+    engine = task.engine
+    at, q = task_point(task)
+    engine._evaluations, engine._next_look = 200, 600
+    for size in [0.5] * 60 + [5.0] * 20:
+        engine.observe(size, 1.0)
+    assert engine._next_look == 200
+    engine.linearise(lambda *_: task.g(), at).product(q)
+    assert engine.switched  # a false alarm
+    engine.observe(5.0, 1.0)
+    assert engine._next_look > engine._evaluations
+
+
 def test_the_optimizer_reports_its_certificate_to_the_engine() -> None:
     task = Task(normalised())
     alarm = Alarm()

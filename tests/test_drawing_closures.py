@@ -111,3 +111,18 @@ def test_minimize_refuses_what_draws():
     ):
         with pytest.raises(NondeterministicClosureError, match=f"{name}.*draw the data outside"):
             minimize(*args, start, start, upper_constraint=bound)
+
+
+@pytest.mark.parametrize("curvature", ["auto", "double_backward"])
+def test_an_upper_parameter_of_f_alone_is_fine_beside_batches(curvature):
+    """Where r's graph lacks a parameter a difference is asked; of other data it says nothing."""
+    u, bias, v = leaf([3.0, 2.0]), leaf([1.0]), leaf([0.5, -0.5])
+    batches = iter(torch.arange(1.0, 100.0, dtype=torch.float64))
+    optimizer = PenaltyBilevelOptimizer([u, bias], [v], curvature=curvature)
+    for _ in range(2):
+        optimizer.step(
+            lambda: (v.sum() - bias).square().sum(),
+            lambda: next(batches) * (v - u).square().sum(),
+        )
+    assert bias.grad is not None
+    assert bool(bias.grad.any())

@@ -166,10 +166,33 @@ def test_a_start_at_the_solution_does_not_hide_the_dependence(loss, start, engin
     assert optimizer.metrics.residual_norm == 0
 
 
-def test_a_constant_entry_of_r_is_no_cut():
-    """g is linear in b: its slope has no graph, rightly."""
+class HiddenPull(Pull):
+    """|v - u|^2 / 2 with a gradient that autograd takes for a constant."""
+
+    @staticmethod
+    def backward(ctx, go):
+        with torch.no_grad():
+            u, v = ctx.saved_tensors
+            return go * (u - v), go * (v - u)
+
+
+def test_one_entry_that_is_cut_off_is_found_beside_others_that_are_not():
+    """u is in the graph of r through a; what b hides is seen by a difference along b alone."""
     u = torch.ones(3, requires_grad=True)
-    a, b = torch.ones(3, requires_grad=True), torch.zeros(2, requires_grad=True)
+    a, b = (torch.full((3,), s, requires_grad=True) for s in (0.5, 0.2))
+    optimizer = PenaltyBilevelOptimizer([u], [a, b], curvature="double_backward")
+    with pytest.raises(DoubleBackwardError, match="depends on more than its graph says"):
+        optimizer.step(
+            lambda: (a + b).square().sum(),
+            lambda: (u * (a - 1).square()).sum() + HiddenPull.apply(u, b),
+        )
+
+
+@pytest.mark.parametrize("start", [1.0, 0.5])
+def test_a_constant_entry_of_r_is_no_cut(start):
+    """g is linear in b: its slope has no graph, rightly; that of a may vanish or not."""
+    u = torch.ones(3, requires_grad=True)
+    a, b = torch.full((3,), start, requires_grad=True), torch.zeros(2, requires_grad=True)
     optimizer = PenaltyBilevelOptimizer([u], [a, b], curvature="double_backward")
     optimizer.step(
         lambda: (a - 2).square().sum(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import CustomCube, OnceCube
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_penalty_bilevel import graph
@@ -94,3 +95,28 @@ def test_both_weight_norms(form: str) -> None:
 def test_checkpoints(reentrant: bool) -> None:
     output = checkpoint(torch.sin, leaf(), use_reentrant=reentrant).sum()
     assert graph.has_reentrant_checkpoint(output) is reentrant
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (torch.relu, "Relu"),
+        (torch.abs, "Abs"),
+        (lambda x: torch.maximum(x, x.sin()), "Maximum"),
+        (lambda x: torch.minimum(x, x.sin()), "Minimum"),
+        (lambda x: x.clamp(min=0.5), "Clamp"),
+        (lambda x: torch.where(x > 0, x, 2 * x), "Where"),
+        (lambda x: F.elu(x, alpha=2.0), "Elu"),
+        (F.selu, "Elu"),
+        (F.elu, None),
+        (lambda x: torch.ops.aten.elu(x, 2.0, 1.0, 0.5), None),  # slopes 1 and 2 * 0.5
+        (lambda x: F.celu(x, alpha=2.0), None),  # both slopes at 0 are 1, whatever alpha
+        (lambda x: torch.linalg.vector_norm(x, float("inf")), "LinalgVectorNorm"),
+        (lambda x: torch.linalg.vector_norm(x, 1), "LinalgVectorNorm"),
+        (torch.linalg.vector_norm, None),
+        (F.gelu, None),
+        (lambda x: F.huber_loss(x, x.sin()), None),  # its gradient is continuous
+    ],
+)
+def test_kinks_are_jumps_of_the_derivative(function, name) -> None:
+    assert graph.kink(function(leaf() * 2).sum()) == name

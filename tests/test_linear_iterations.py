@@ -16,8 +16,10 @@ from torch_penalty_bilevel.linear_solve import (
     largest_stretch,
     least_squares,
     neumann,
+    random_direction,
     stochastic,
 )
+from torch_penalty_bilevel.tensors import norm
 
 SHAPES = ((3,), (2, 2))
 N = 7
@@ -281,3 +283,13 @@ def test_a_start_worse_than_zero_that_improves_is_no_divergence(solver) -> None:
     # The same start under an iteration that grows is divergence.
     grown = solver(lambda x: (-A * x[0],), (right,), max_iterations=1, start=(start,))
     assert math.isnan(grown.residual_norm)
+
+
+def test_the_random_direction_is_one_for_all_and_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    like = (torch.zeros(3, 2), torch.zeros(4, dtype=torch.bfloat16))
+    first, again = random_direction(like), random_direction(like)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, first, again))
+    assert float(norm(first)) == pytest.approx(1, rel=1e-6)
+    assert all(part.any() for part in first)

@@ -198,6 +198,8 @@ def test_budget_spent_in_the_second_look_is_said() -> None:
     assert result.converged
     assert "no evaluations were left" in result.message
     assert "no evaluations were left" not in full.message
+    enough = solve(testing.get("quadratic"), 0, max_evaluations=full.evaluations)
+    assert "no evaluations were left" not in enough.message
 
 
 def test_tolerance_has_an_effect() -> None:
@@ -214,6 +216,7 @@ def test_float32() -> None:
     single = lambda loss: lambda u, v: loss(u.double(), v.double()).float()  # noqa: E731
     result = minimize(single(problem.upper_loss), single(lower_loss(problem)), *start)
     assert result.upper.dtype == result.lower.dtype == result.multiplier.dtype == torch.float32
+    assert result.converged  # to what float32 can reach
     assert error(problem, result) <= 1e-2  # sqrt of float32's rounding, times the conditioning
 
 

@@ -144,3 +144,17 @@ def test_lanczos_finds_the_lowest() -> None:
     assert ratio == pytest.approx(-0.7 / 3, rel=1e-9)
     assert_close(A @ x, -0.7 * x, rtol=0, atol=1e-8)
     assert lanczos_lowest(lambda y: 2 * y, torch.zeros(5))[0] == pytest.approx(1)
+    assert lanczos_lowest(lambda y: 0 * y, torch.zeros(5))[0] == 0  # not 0 / 0
+
+
+def test_scales_are_homogeneous_and_never_zero() -> None:
+    u, v = torch.ones(2), torch.ones(3)
+
+    def scales(c: float) -> tuple[float, float]:
+        f = lambda u, v: c * (u.sum() ** 2 + v.sum())  # noqa: E731
+        g = lambda u, v: 3 * c * (v - u.sum()).square().sum()  # noqa: E731
+        losses = Losses(f, g, u, v, math.inf)
+        return losses.scales(losses.u, losses.v)
+
+    assert scales(1e-6) == pytest.approx([1e-6 * s for s in scales(1.0)], rel=1e-12)
+    assert scales(0.0) == (1.0, 1.0)

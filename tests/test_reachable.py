@@ -79,6 +79,24 @@ def decorated(function):
     return wrapper
 
 
+REGISTRY = {}
+
+
+def registered(function):
+    """Found again by a name that no code says: what it wraps is all there is to follow."""
+    REGISTRY["loss"] = function
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return globals()["REG" + "ISTRY"]["loss"](*args)
+
+    return wrapper
+
+
+def by_keyword(*, net=NET):
+    return net.weight.sum()
+
+
 def nested():
     def inner():
         return [NET.weight for _ in range(1)]
@@ -111,6 +129,8 @@ CASES = {
     "closure cell": cell(NET),
     "container": pair({"a": (NET,)}),
     "default": lambda net=NET: net.weight.sum(),
+    "keyword default": by_keyword,
+    "wrapped and registered": registered(cell(NET)),
     "partial": functools.partial(loss, NET),
     "partial by name": functools.partial(loss, net=NET),
     "decorated": decorated(cell(NET)),
@@ -143,15 +163,41 @@ def test_ends_on_cycles_and_unassigned_cells():
     first.net, second.net = second, first
 
     def closure():
-        return later, first.net
+        return later, first.net, network
 
-    assert reached_by(closure).modules == []
-    later = NET
+    network = NET
+    assert reached_by(closure).modules == [NET]
+    later = nn.Linear(1, 1)
 
 
 def test_long_containers_hold_data():
     many = [nn.Identity() for _ in range(200)]
-    assert reached_by(lambda: many).modules == []
+    by_name = {str(i): net for i, net in enumerate(many)}
+    assert reached_by(lambda: (many, by_name)).modules == []
+
+
+def test_a_search_that_gets_lost_ends():
+    deep = NET
+    for _ in range(1500):
+        deep = [deep]
+    assert reached_by(lambda: deep).modules == []
+
+
+def test_the_package_of_the_closure_may_be_installed():
+    closure, helper = cell(NET), lambda: NET.weight.sum()
+    closure.__module__ = "pytest.helpers"
+    helper.__module__ = "a_package_of_ones_own"
+    assert reached_by(closure).modules == [NET]
+    assert reached_by(lambda: helper()).modules == [NET]  # which nobody installed
+    helper.__module__ = "pytest.helpers"
+    assert reached_by(lambda: helper()).modules == []
+
+
+def test_compiled_parts_of_modules_are_seen():
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert not reached_by(cell(net)).compiled
+    net[0].compile(backend="eager")
+    assert reached_by(cell(net)).compiled
 
 
 def test_names_of_tensors():
@@ -178,4 +224,5 @@ def test_code_is_that_of_the_line_and_not_of_the_wrapper():
         assert code_of(wrapped) is inner.__code__
     assert code_of(Trainer(NET)) is Trainer.__call__.__code__
     assert code_of(Trainer(NET).through_method) is Trainer.through_method.__code__
+    assert code_of(functools.partial(Trainer(NET))) is Trainer.__call__.__code__
     assert code_of(len) is None

@@ -49,6 +49,25 @@ def test_what_has_no_name_is_found_by_a_search() -> None:
     assert not scope.modules(closure)  # it keeps nothing alive
 
 
+def test_what_a_search_finds_counts_in_the_rest_of_its_step() -> None:
+    HIDDEN["net"] = module = nn.BatchNorm1d(2, dtype=torch.float64)
+
+    def closure() -> None:
+        lookup()(X)
+
+    scope = Scope()
+    guard = BufferGuard(scope)
+    with scope.searching(), guard.evaluation("lower", closure):
+        closure()
+    for _ in range(2):
+        with guard.evaluation("lower", closure):
+            closure()
+        assert_close(module.running_mean, torch.zeros_like(MOVED))
+    guard.commit()
+    assert_close(module.running_mean, MOVED)
+    del HIDDEN["net"]
+
+
 def test_a_failed_search_is_repeated() -> None:
     scope = Scope()
     with (

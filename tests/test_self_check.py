@@ -196,3 +196,16 @@ def test_the_lower_solver_averages_over_workers():
     value, gradient = problem._lower_gradient()
     assert float(value) == pytest.approx(3 * 0.01)
     assert float(gradient[0]) == pytest.approx(3 * 0.2)
+
+
+def test_solved_values_put_both_levels_back():
+    """Of several minimisers every slope has to find the same: all start from one v."""
+    u, v = leaf(0.3), leaf(0.4)
+    losses = Losses(lambda u, v: v[0].sum(), lambda u, v: (v[0] - u[0]).square().sum())
+    problem = ImplicitProblem(losses, Pair((u,), (v,)), DoubleBackward(), lambda tensors: tensors)
+    for shift in (0.1, -0.1):
+        value, error = problem.solved_value((torch.tensor(shift),))
+        assert value == pytest.approx(0.3 + shift, rel=1e-12)
+        assert error < 1e-12
+        assert float(u.detach()) == 0.3
+        assert float(v.detach()) == 0.4

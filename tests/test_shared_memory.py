@@ -74,3 +74,10 @@ def test_tensors_without_memory():
     assert overlapping([sparse, sparse.detach(), empty, empty.detach()]) is None
     meta = torch.zeros(3, device="meta")
     assert overlapping([meta, meta.detach()]) is None
+
+
+def test_a_long_tensor_may_meet_one_behind_its_neighbour():
+    memory = torch.zeros(10)
+    even, odd, later = memory[::2], memory[1:4:2], memory[4:5]
+    assert overlapping([even, odd]) is None
+    assert overlapping([even, odd, later]) == (0, 2)

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from torch_penalty_bilevel import tensors as T
+from torch_penalty_bilevel.moments import relocated
 
 F64 = torch.float64
 A = (torch.tensor([3.0, 4.0], dtype=F64), torch.tensor([[12.0]], dtype=F64))
@@ -149,3 +150,23 @@ def test_filled() -> None:
 def test_cast_like() -> None:
     targets = (torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64))
     assert [t.dtype for t in T.cast_like(B, targets)] == [torch.bfloat16, torch.float64]
+
+
+def test_dense_is_strided_and_at_least_float32() -> None:
+    assert T.dense(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert T.dense(A[0]).dtype == F64
+    assert_close(T.dense(SPARSE), torch.tensor([1.0, 0, 5, 0], dtype=F64))
+
+
+def test_the_coarsest_dtype_sets_the_rounding() -> None:
+    half = torch.ones(1, dtype=torch.bfloat16)
+    assert T.coarsest_eps((A[0], half, A[1])) == torch.finfo(torch.bfloat16).eps
+
+
+def test_what_is_placed_or_relocated_is_a_copy() -> None:
+    (placed,) = T.placed(A[:1], A[:1])
+    moments = relocated({"exp_avg": A[0], "step": torch.tensor(3.0), "name": "x"}, A[0])
+    assert_close(moments["exp_avg"], A[0])
+    assert moments["name"] == "x"
+    for copy in (placed, moments["exp_avg"]):
+        assert copy.data_ptr() != A[0].data_ptr()

@@ -186,6 +186,10 @@ def test_a_group_added_to_a_rule_directly_is_seen():
     extra = torch.zeros(1, requires_grad=True)
     task.optimizer.upper.add_param_group({"params": [extra]})
     assert [g["level"] for g in task.optimizer.param_groups] == ["upper", "lower", "upper"]
+    # And keeps its place: schedulers count on the order.
+    late = torch.zeros(1, requires_grad=True)
+    task.optimizer.add_param_group({"params": [late], "level": "lower"})
+    assert [g["level"] for g in task.optimizer.param_groups] == ["upper", "lower"] * 2
 
 
 def test_frozen_parameters_stay_and_may_thaw():

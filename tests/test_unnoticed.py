@@ -1,12 +1,19 @@
 """Changes to the code that nothing else notices: each has its test here."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from tasks import Task
 
-from torch_penalty_bilevel import NonFiniteError, PenaltyBilevelOptimizer
+from torch_penalty_bilevel import (
+    HypergradientOptimizer,
+    NonFiniteError,
+    PenaltyBilevelOptimizer,
+    UnusedParameterError,
+)
+from torch_penalty_bilevel.checks import DependenceWatch
 
 
 def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_changes():
@@ -20,18 +27,19 @@ def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_change
 
 def test_options_that_a_hook_changed_are_put_back_when_the_step_fails():
     task = Task(lower_steps=2).run(1)
-    rate, calls = task.optimizer.lower.param_groups[0]["lr"], []
+    rate, seen = task.optimizer.lower.param_groups[0]["lr"], []
 
     def halve(rule, *_):
         rule.param_groups[0]["lr"] *= 0.5
+        seen.append(rule.param_groups[0]["lr"])
 
     def lower():
-        calls.append(1)
-        return task.lower() * (float("nan") if len(calls) == 2 else 1.0)
+        return task.lower() * (float("nan") if seen else 1.0)
 
     task.optimizer.lower.register_step_pre_hook(halve)
     with pytest.raises(NonFiniteError):
         task.optimizer.step(task.upper, lower)
+    assert seen == [0.5 * rate]  # v moved once before the step failed
     assert task.optimizer.lower.param_groups[0]["lr"] == rate
 
 
@@ -87,3 +95,97 @@ def test_a_group_tensor_replaced_by_one_of_another_length_is_named():
         change(task.optimizer.lower.param_groups[0]["params"])
         with pytest.raises(ValueError, match=r"of shape \(7,\) is not what its group held"):
             task.run(1)
+
+
+def test_names_count_through_the_groups():
+    """upper[1] is the second tensor, whatever group it is in."""
+    a, b, v = (torch.ones(1, requires_grad=True) for _ in range(3))
+    optimizer = PenaltyBilevelOptimizer([{"params": [a]}, {"params": [b]}], [v])
+    with pytest.raises(UnusedParameterError, match=r"\['upper\[1\]'\]"):
+        optimizer.step(lambda: v.square().sum(), lambda: (v - a).square().sum())
+
+
+def test_a_lower_tensor_of_integers_is_refused_at_construction():
+    u, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    with pytest.raises(TypeError, match=r"'lower\[1\]' of lower has dtype torch.int64"):
+        PenaltyBilevelOptimizer([u], [v, torch.ones(1, dtype=torch.int64)])
+
+
+def test_twenty_silent_evaluations_count_in_a_row_alone():
+    watch = DependenceWatch()
+    watch.due = False
+    for _ in range(3):
+        for _ in range(19):
+            watch.listen([True, False])
+        watch.listen([False, False])
+        assert not watch.due
+    for _ in range(20):
+        watch.listen([True, False])
+    assert watch.due
+
+
+def test_a_subclass_decays_as_the_class_whose_step_it_takes():
+    class Renamed(torch.optim.SGD):
+        pass
+
+    class Other(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    u, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    PenaltyBilevelOptimizer([u], Renamed([v], lr=0.1, weight_decay=0.1))
+    with pytest.raises(ValueError, match=r"Other with weight_decay=0.1 decoupled"):
+        PenaltyBilevelOptimizer([u], Other([v], lr=0.1, weight_decay=0.1))
+
+
+def test_a_rule_that_raises_has_its_decay_back(monkeypatch):
+    u, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    lower = torch.optim.SGD([v], lr=0.1, weight_decay=0.1)
+    optimizer = PenaltyBilevelOptimizer([u], lower)
+
+    def failing(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(sys.modules["torch.optim.sgd"], "sgd", failing)
+    with pytest.raises(MemoryError):
+        optimizer.step(lambda: v.square().sum(), lambda: (v - u).square().sum())
+    assert lower.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_late_group_has_first_values_to_start_from_again():
+    u, v, late = (torch.full((1,), s, requires_grad=True) for s in (1.0, 0.5, -0.5))
+    optimizer = HypergradientOptimizer([u], [v], method="one_step", warm_start=False, lower_lr=0.1)
+
+    def step():
+        optimizer.step(
+            lambda: (v + late).square().sum(),
+            lambda: (v - u).square().sum() + (late - u).square().sum(),
+        )
+
+    late.requires_grad_(False)
+    step()
+    optimizer.add_param_group({"params": [late.requires_grad_()], "level": "lower"})
+    step()
+    ends = float(v.detach()), float(late.detach())
+    step()
+    # Adam's first step of 0.1 from where each began.
+    assert (float(v.detach()), float(late.detach())) == pytest.approx(ends, abs=1e-6)
+    assert ends == pytest.approx((0.6, -0.4), abs=1e-6)
+
+
+def test_steps_on_the_linear_system_are_the_smallest_rate_of_the_lower_groups():
+    u, v, w = (torch.ones(1, requires_grad=True) for _ in range(3))
+    lower = torch.optim.SGD([{"params": [v], "lr": 0.3}, {"params": [w], "lr": 0.01}])
+    optimizer = HypergradientOptimizer([u], lower, method="neumann")
+    assert optimizer._options_at(0).step_size == 0.01
+
+
+def test_the_engine_of_a_hypergradient_is_loaded():
+    def built():
+        u, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+        return HypergradientOptimizer([u], [v], lower_lr=0.1)
+
+    first, second = built(), built()
+    first.curvature.switch()
+    second.load_state_dict(first.state_dict())
+    assert second.curvature.switched

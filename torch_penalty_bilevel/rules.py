@@ -11,6 +11,7 @@ v in another way, decoupled decay or ``maximize``, has no such loss and is refus
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Generator
 from typing import Any
@@ -81,8 +82,10 @@ def check_group(
 
 def _is_coupled(rule: Optimizer, group: dict[str, Any]) -> bool:
     """Does the rule add wd p to the gradient, before all else? Of an unknown one: no."""
-    owner = next(c for c in type(rule).__mro__ if "step" in vars(c))
-    return owner in _COUPLED and not group.get("decoupled_weight_decay", False)
+    # Not by the class that holds it: torch wraps ``step`` in the first class that is built.
+    step = inspect.unwrap(type(rule).step)
+    known = any(step is inspect.unwrap(kind.step) for kind in _COUPLED)
+    return known and not group.get("decoupled_weight_decay", False)
 
 
 def with_decay(loss: Loss, rule: Optimizer) -> Loss:

@@ -1,0 +1,76 @@
+"""Hypergradients where something is exactly zero or not a number, by every method."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypergradient_runs import Run
+from torch.testing import assert_close
+
+from torch_penalty_bilevel import BilevelWarning, FiniteDifference
+from torch_penalty_bilevel.functional import hypergradient
+from torch_penalty_bilevel.hypergradients import OPTIONS_OF
+
+
+@pytest.mark.parametrize("method", OPTIONS_OF)
+def test_without_a_slope_the_adjoint_zero_is_exact(method: str) -> None:
+    u = torch.tensor([1.0, 2.0])
+    f, g = lambda u, v: u.square().sum() + 0 * v.sum(), lambda u, v: (v - u).square().sum()
+    options = {"step_size": 0.25} if method == "one_step" else {}
+    gradient, info = hypergradient(f, g, u, u.clone(), method=method, **options)
+    assert_close(gradient, 2 * u, rtol=0, atol=0)
+    assert info.converged
+    assert info.residual_norm == 0
+
+
+@pytest.mark.parametrize("method", ["neumann", "fixed_point", "stochastic"])
+def test_without_curvature_nothing_is_solved(method: str) -> None:
+    """H = 0: the steps of 1 / ||H|| are steps of 1."""
+    u = torch.ones(2)
+    with pytest.warns(BilevelWarning, match="stopped after|diverged"):
+        _, info = hypergradient(
+            lambda u, v: v.sum(), lambda u, v: u @ v, u, u, method=method, max_iterations=5
+        )
+    assert not info.converged
+
+
+def test_sensitivities_that_are_not_numbers_are_not_certified() -> None:
+    """sqrt(u^2) at 0: r is finite, dr/du is 0 / 0."""
+    f, g = lambda u, v: v.square().sum(), lambda u, v: (v - u.square().sqrt()).square().sum()
+    zero = torch.zeros(1)
+    with pytest.warns(BilevelWarning, match="sensitivities of v have residual nan"):
+        _, info = hypergradient(f, g, zero, zero + 1, method="forward", step_size=0.5)
+    assert not info.converged
+
+
+def test_after_a_breakdown_no_part_is_a_plausible_number() -> None:
+    """Also that of an upper tensor which could do without an adjoint."""
+    u = torch.ones(2)
+    with pytest.warns(BilevelWarning, match="not positive definite"):
+        gradients, _ = hypergradient(
+            lambda u, v: v.sum() + u[1].sum(), lambda u, v: -(v - u[0]).square().sum(), (u, u), u
+        )
+    assert all(gradient.isnan().all() for gradient in gradients)
+
+
+def test_the_error_of_sensitivities_is_relative_to_what_they_solve_for() -> None:
+    """g = a (v - u)^2 / 2: after T steps ||dr/du + dr/dv Z|| / ||dr/du|| = (1 - eta a)^T."""
+    u = torch.ones(1)
+    for a in (1e-2, 1e2):
+        for tolerance, enough in ((2 * 0.5**10, True), (0.5 * 0.5**10, False)):
+            f, g = lambda u, v: v.sum(), lambda u, v, a=a: a * (v - u).square().sum() / 2
+            options = {"step_size": 0.5 / a, "lower_steps": 10, "tolerance": tolerance}
+            with contextlib.nullcontext() if enough else pytest.warns(BilevelWarning):
+                _, info = hypergradient(f, g, u, u, method="forward", **options)
+            assert info.converged == enough
+            assert info.residual_norm == pytest.approx(a * 0.5**10, rel=1e-9)
+
+
+@pytest.mark.parametrize("central", [False, True])
+def test_products_are_counted_at_what_they_cost(central: bool) -> None:
+    run = Run(method="one_step", curvature=FiniteDifference(central=central))
+    run.step()
+    # One lower gradient, f, r at the end, and a difference of one or two gradients.
+    assert run.optimizer.metrics.gradient_evaluations == (5 if central else 4)
