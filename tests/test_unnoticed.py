@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import types
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from torch_penalty_bilevel import (
     PenaltyBilevelOptimizer,
     UnusedParameterError,
 )
+from torch_penalty_bilevel.borrowed import stepped
 from torch_penalty_bilevel.checks import DependenceWatch
+from torch_penalty_bilevel.constraints import Ball, Box, Inequality
+from torch_penalty_bilevel.dual import DualState
+from torch_penalty_bilevel.penalties import Losses
+from torch_penalty_bilevel.restrictions import Restriction
+from torch_penalty_bilevel.tensors import Pair
 
 
 def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_changes():
@@ -189,3 +196,79 @@ def test_the_engine_of_a_hypergradient_is_loaded():
     first.curvature.switch()
     second.load_state_dict(first.state_dict())
     assert second.curvature.switched
+
+
+def test_memory_of_inequalities_stays_last_when_a_group_comes_late():
+    u, v = torch.ones(2, requires_grad=True), torch.full((2,), 0.9, requires_grad=True)
+    late = torch.zeros(3, requires_grad=True)
+    bound = Inequality(lambda: v - 0.5, weight=2.0, rate=0.5)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_constraint=bound)
+
+    def f():
+        return (v - 2).square().sum() + late.square().sum()
+
+    def g():
+        return (v - u).square().sum() + (late - 1).square().sum()
+
+    late.requires_grad_(False)
+    for _ in range(3):
+        optimizer.step(f, g)
+    z = optimizer._dual.multiplier[-1].clone()
+    assert bool(z.any())
+    optimizer.add_param_group({"params": [late.requires_grad_()], "level": "lower"})
+    for memory in (optimizer._dual.multiplier, optimizer._dual.probe, optimizer._adjoint):
+        assert [tuple(t.shape) for t in memory] == [(2,), (3,), (2,)]
+    assert torch.equal(optimizer._dual.multiplier[-1], z)
+    optimizer.step(f, g)
+    assert [tuple(q.shape) for q in optimizer.adjoint] == [(2,), (3,)]
+
+
+def test_multipliers_of_lower_inequalities_ascend_by_their_own_steps():
+    """z by kappa rho r, never below 0; its part of nu by min(rho, 1 / L) of its residual."""
+    for weight, bound, step in ((10.0, 4.0, 0.25), (0.1, 4.0, 0.1), (3.0, 0.0, 3.0)):
+        restriction = Restriction("lower", Inequality(lambda: None, weight=weight, rate=0.5))
+        restriction.multipliers = (torch.tensor([0.1, 1.0]),)
+        nu, a, r = torch.tensor([1.0, 2.0]), torch.tensor([0.3, -0.6]), torch.tensor([-9.0, 0.2])
+        dual = DualState((torch.zeros(3), nu), (), {"curvature": bound}, 1)
+        seen = types.SimpleNamespace(residual=(torch.zeros(3), r), adjoint_residual=(None, a))
+        after = restriction.ascend_jointly(dual, dual, seen)
+        torch.testing.assert_close(after.multiplier[-1], nu + step * a)
+        assert torch.equal(after.multiplier[0], torch.zeros(3))
+        expected = torch.tensor([0.0, 1.0 + 0.5 * weight * 0.2])
+        torch.testing.assert_close(restriction.multipliers[0], expected)
+
+
+def test_a_look_at_the_shape_of_an_inequality_draws_nothing():
+    u, v = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_constraint=Inequality(lambda: v))
+    state = torch.get_rng_state()
+    losses = Losses(None, None, lower_values=(lambda u, v: torch.rand(3) + v[0].sum(),))
+    dual = optimizer._sets.start(losses, Pair((u,), (v,)), optimizer._dual)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tuple(dual.multiplier[-1].shape) == (3,)
+
+
+def test_a_lent_rule_has_its_gradients_back():
+    u, v = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    rule = torch.optim.SGD([u, v], lr=0.1)
+    u.grad = v.grad = held = torch.full((2,), 3.0)
+    (moved,), _ = stepped(rule, (v,), (torch.zeros(2),), (torch.ones(2),), ({},))
+    torch.testing.assert_close(moved, torch.full((2,), -0.1))
+    assert u.grad is held
+    assert v.grad is held
+    assert torch.equal(v.detach(), torch.ones(2))
+
+
+def test_probes_of_a_sphere_see_its_curvature():
+    """g = c'v at u = 1 is flat; on ||v|| = 1, where v = -c / |c|, the curvature is mu = |c|."""
+    c = torch.tensor([0.6, -0.8]) * 3
+    u, v = torch.ones(2, requires_grad=True), (-c / 3).clone().requires_grad_()
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_constraint=Ball(1.0), lower_lr=0.0)
+    optimizer.step(lambda: (v * u).sum(), lambda: (c * u * v).sum())
+    assert optimizer._dual.scalars["probed"] == pytest.approx(3.0)
+
+
+def test_held_entries_of_a_box_stay_where_momentum_moves_them():
+    face = Box(0.0, 1.0).face(torch.tensor([0.0, 1.0, 0.5]), torch.tensor([1.0, -1.0, 1.0]))
+    before, after = torch.tensor([0.0, 1.0, 0.5]), torch.tensor([0.2, 0.8, 2.0])
+    assert torch.equal(face.retract(before, after), torch.tensor([0.0, 1.0, 1.0]))
