@@ -65,7 +65,7 @@ def judged(
     covering: Covering,
     within: float = math.inf,
 ) -> Verdict:
-    """Apply it in ``copy``, run ``new`` and ``tests`` until one fails, and put the file back.
+    """Apply it in ``copy``, run ``tests``, then ``new``, until one fails, and put the file back.
 
     Args:
         mutation: to be judged.
@@ -82,7 +82,7 @@ def judged(
     path.write_text(mutation.applied(source))
     try:
         spent = 0.0
-        for part in _parts([*new, *tests], covering, mutation.first):
+        for part in _parts([*tests, *new], covering, mutation.first):
             if spent > within:
                 end = "unseen"
                 break

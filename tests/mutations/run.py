@@ -51,7 +51,7 @@ def run(
         here = [test for test in here if not test.startswith(_OWN)]
         new = [test for test in here if test not in covering.seconds]
         if new:
-            print(f"{len(new)} tests are not in the map: all mutations meet them", file=sys.stderr)
+            print(f"{len(new)} tests are not in the map: mutations meet them last", file=sys.stderr)
         existing = set(here)
 
         def one(mutation: Mutation) -> Verdict:
