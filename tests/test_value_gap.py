@@ -1,5 +1,6 @@
 """The value gap: its twin after every step, the laws of its bias, and solutions that are known."""
 
+import contextlib
 import itertools
 import math
 
@@ -8,7 +9,7 @@ import torch
 from oracles import ValueGapTwin, exact_hypergradient
 from stepping import LIVE, PROBLEMS, A, C, build, close, closures, quadratic_f, quadratic_g, start
 
-from torch_penalty_bilevel import PenaltyBilevelOptimizer, ValueGap
+from torch_penalty_bilevel import BilevelWarning, PenaltyBilevelOptimizer, ValueGap
 
 VALUE_OPTIONS = [
     {},
@@ -216,3 +217,25 @@ def test_value_from_an_exact_lower_solution_still_moves():
         optimizer.step(lambda: (v - 0.5).square().sum(), lambda: quadratic_g(u, v))
     assert float(u.detach().norm()) > 0.1
     assert bool(torch.isfinite(optimizer.metrics.penalty_weight))
+
+
+@pytest.mark.parametrize(("lower_steps", "error"), [(1, 8.0), (5, 0.5)])
+def test_a_run_that_flees_says_so_and_one_that_does_not_is_silent(lower_steps, error):
+    """SMD20: min |u|^2 + |v|^2 with u + v = 1 below. With Adam at 0.1 for both levels and one lower
+    step u outruns v and z; more lower steps are the remedy of the warning."""
+    torch.manual_seed(0)
+    u, v = (torch.empty(20, dtype=torch.float64).uniform_(-5, 5) for _ in range(2))
+    optimizer = PenaltyBilevelOptimizer(
+        [u.requires_grad_()],
+        [v.requires_grad_()],
+        upper_lr=0.1,
+        lower_lr=0.1,
+        lower_steps=lower_steps,
+        penalty="value",
+    )
+    flees = pytest.warns(BilevelWarning, match=r"not to be trusted.*more lower_steps")
+    with flees if lower_steps == 1 else contextlib.nullcontext():
+        for _ in range(400):
+            optimizer.step(lambda: u @ u + v @ v, lambda: (1 - u - v) @ (1 - u - v))
+    off = float((u.detach() - 0.5).norm() + (v.detach() - 0.5).norm())
+    assert off > error if lower_steps == 1 else off < error

@@ -64,6 +64,8 @@ def with_momentum(parameters, rate):
     return torch.optim.SGD(parameters, lr=rate / 2, momentum=0.5)
 
 
+# For a while after a thaw the multiplier is the one of another problem.
+@pytest.mark.filterwarnings("ignore:.*not to be trusted")
 @pytest.mark.parametrize("rule", sized([with_momentum], [sgd, with_momentum]))
 @pytest.mark.parametrize("penalty", ["stationarity", "value", "fixed_point"])
 @pytest.mark.parametrize("names", sized([("u1", "v0")], [(n,) for n in LEFT] + [("u0", "v1")]))
