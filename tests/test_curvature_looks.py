@@ -202,6 +202,7 @@ def solved(kind, unrolled: bool, engine: str, dtype=torch.float64, steps: int = 
     return u.grad, optimizer, (f, g)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "steps"), [(PenaltyBilevelOptimizer, 400), (HypergradientOptimizer, 12)]
 )

@@ -75,6 +75,7 @@ def test_fixed_point_takes_the_rules_of_stationarity_and_leaves_them_as_they_wer
 # Closed forms.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("curvature", ["auto", "functional"])
 def test_hypergradient_and_solution_of_a_tanh_equilibrium(curvature):
     """z = tanh(Wz + Uu), n = 8, non-symmetric; dF = (DU)' (I - DW)^-T grad_z f."""

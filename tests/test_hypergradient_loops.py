@@ -100,6 +100,7 @@ def test_counts_may_grow_with_the_step() -> None:
         run.step()
 
 
+@pytest.mark.long
 def test_approx_grad_by_adam_comes_as_near_as_its_steps_are_long() -> None:
     """ApproxGrad with Adam, whose steps stay about lr long: it comes that near."""
     lr = 2e-3
@@ -115,6 +116,7 @@ def test_approx_grad_by_adam_comes_as_near_as_its_steps_are_long() -> None:
 # Where they end.
 
 
+@pytest.mark.long
 def test_without_a_warm_start_accuracy_is_bought_by_iterations_with_one_it_is_free() -> None:
     """Grazzi et al. (2020): AID errs by O(q^T + q^K); a warm start carries it to zero."""
 
@@ -136,6 +138,7 @@ def test_without_a_warm_start_accuracy_is_bought_by_iterations_with_one_it_is_fr
     assert growing < 1e-9
 
 
+@pytest.mark.long
 def test_projected_hypergradient_descent_ends_at_a_constrained_solution() -> None:
     run = Run(method="cg", lr=0.3, lower_steps=10, upper_constraint=Box(-2.0, 2.0))
     run.problem.offset = torch.tensor([10.0, 0.0, -10.0])

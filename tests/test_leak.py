@@ -42,6 +42,7 @@ def live():
     return len(tensors), sum(storages.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("make", "options", "steps"),
     [

@@ -223,6 +223,7 @@ def test_any_torch_optimizer() -> None:
         assert_close(join(solution.value), exact(A, b), rtol=0, atol=1e-7)
 
 
+@pytest.mark.long
 def test_noise_is_averaged() -> None:
     """Sampled products keep SGD at a distance; J samples divide its square by about J."""
     A, b = contraction(), rhs()

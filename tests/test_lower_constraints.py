@@ -72,6 +72,7 @@ def test_lower_hypergradient_equals_differences_of_the_solution(case, curvature)
     assert float(optimizer.metrics.adjoint_residual_norm) < 1e-6
 
 
+@pytest.mark.long
 def test_adam_below_reaches_the_same_face():
     for case in ("ball, active", "simplex, vertex"):
         constraint, start = LOWER[case]

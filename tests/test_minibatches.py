@@ -52,6 +52,7 @@ def distance(one, other):
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.long
 def test_batch_size_one_and_full_batch_stop_at_the_same_point():
     rule = Stationarity(LeastSquares())
     full = run(rule, 1500, 0.2, batch_of_one=False)
@@ -61,6 +62,7 @@ def test_batch_size_one_and_full_batch_stop_at_the_same_point():
 
 
 # Its multiplier never advances here, which the watch reports; the bias is what is measured.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*q = 0 has 1")
 def test_one_batch_for_residual_and_product_is_biased_and_two_are_not():
     """gamma fixed, nu = 0: pure quadratic penalty, whose full-batch solution is its own target."""

@@ -34,6 +34,7 @@ def hollow_free_g(u, v):
     return 0.5 * (v[0] - u[1]) ** 2 + 0.0 * v[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("f", "g", "steps", "active"),
     [
@@ -59,6 +60,7 @@ def test_guard_and_pull_equal_their_twin(f, g, steps, active):
     assert seen > 20  # else this test says nothing about the branch it is named after
 
 
+@pytest.mark.long
 def test_negative_curvature_does_not_blow_the_multiplier_up():
     """At a saddle of g nu does not grow by 1 + |h| / L per step; it solves a damped equation, and
     afterwards the adjoint equation as if nothing had been."""
@@ -82,6 +84,7 @@ def test_negative_curvature_does_not_blow_the_multiplier_up():
     torch.testing.assert_close(optimizer.adjoint[0], exact, rtol=1e-8, atol=0)
 
 
+@pytest.mark.long
 def test_optimistic_solution_is_reached_after_the_residual_has_vanished():
     """g of SMD24 has many minimisers; r is down to rounding long before v is at the one f likes.
     With a pull that vanishes with r the error stays at 4e-3."""

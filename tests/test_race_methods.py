@@ -39,6 +39,7 @@ def start(request):
     return make
 
 
+@pytest.mark.long
 def test_all_methods_start_alike_and_move_both_levels(start):
     first = start()
     for name, method in start.methods.items():

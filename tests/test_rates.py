@@ -23,6 +23,7 @@ from torch.testing import assert_close
 SLACK = 0.05
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [solvers, together, sampled, penalties, one_loop])
 def test_errors_are_under_their_bounds_and_have_their_slopes(
     family: Callable[[], Iterable[Curve]],

@@ -56,6 +56,7 @@ def smd(number, generator):
     return f, g, error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", BOUND)
 def test_smd_from_random_starts(number):
     generator = torch.Generator().manual_seed(number)

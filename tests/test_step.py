@@ -131,6 +131,7 @@ def test_identity_upper_gradient_is_exact_up_to_the_certificate(penalty):
     assert float(error.norm()) > 1e-3  # the identity was not tested at a trivial point
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("curvature", TOLERANCE)
 def test_solution_of_the_quadratic_and_its_adjoint(curvature):
     """Closed form: u solves dF/du = 0 with v = -A^-1 C' u."""

@@ -15,6 +15,7 @@ from torch_penalty_bilevel import BilevelWarning, HypergradientOptimizer
 from torch_penalty_bilevel.functional import hypergradient
 
 
+@pytest.mark.long
 def test_stochastic_draws_anew_for_every_product() -> None:
     """Lower data seen one batch at a time: the mean of many hypergradients is the exact one."""
     X, y = normal(40, 3, seed=1), normal(40, seed=2)
@@ -63,6 +64,7 @@ def test_stochastic_draws_a_batch_for_every_product() -> None:
     assert len(draws) == 2 + 1 + 4 + 1
 
 
+@pytest.mark.long
 def test_stochastic_bilevel_gradient_with_and_without_warm_start() -> None:
     """BSGM on batches: with a warm start and decreasing steps the iterates settle near u*."""
     X, noise = normal(200, 4, seed=1), normal(200, 4, seed=2)

@@ -129,6 +129,7 @@ def test_bias_is_of_order_one_over_gamma():
             assert math.log10(ten / one) == pytest.approx(-1.0, abs=0.02)
 
 
+@pytest.mark.long
 def test_flat_lower_level_has_a_cube_root_law():
     """g = (v - u)^4 / 4, f = (v - 1)^2 / 2 + u^2 / 2, u* = 1/2; H = 0.
 
@@ -158,6 +159,7 @@ def test_flat_lower_level_has_a_cube_root_law():
     assert math.log(errors[1] / errors[0]) / math.log(1e2) == pytest.approx(-1 / 3, abs=0.03)
 
 
+@pytest.mark.long
 def test_toy_with_spurious_stationary_points_reaches_its_solution_set():
     """200 starts at once: v = -u; stationary points of g and of |grad_v g|^2 with
     u + v of 2 to 6 are traps for penalties on the gradient.
@@ -187,6 +189,7 @@ def test_toy_with_spurious_stationary_points_reaches_its_solution_set():
     assert float(gap.max()) < 0.1
 
 
+@pytest.mark.long
 def test_quadratic_is_solved_without_tuning():
     """The relative weight grows by itself: the bias falls below that of a gamma of 10."""
     S = -torch.linalg.solve(A, C.T)
