@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torch_penalty_bilevel import LeastSquares
-from torch_penalty_bilevel.dual import DualState, MultiplierRule
 from torch_penalty_bilevel.evaluation import Evaluation, Norms
-from torch_penalty_bilevel.tensors import Tensors, axpy, zeros_for
+from torch_penalty_bilevel.multipliers import DualState, MultiplierRule
+from torch_penalty_bilevel.multipliers.least_squares import LeastSquaresState
+from torch_penalty_bilevel.tensors import Tensors, axpy
 
 
 def flat(tensors: Tensors) -> Tensor:
@@ -38,25 +39,25 @@ class Stepped(LeastSquares):
         """The next nu."""
         raise NotImplementedError
 
-    def start(self, lower: Tensors) -> DualState:
+    def start(self, lower: Tensors) -> LeastSquaresState:
         self.forget()
         return super().start(lower)
 
     def lower_update(
-        self, state: DualState, evaluation: Evaluation, norms: Norms
-    ) -> tuple[Tensors, DualState]:
+        self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, LeastSquaresState]:
         direction, after = super().lower_update(state, evaluation, norms)
-        if after.scalars["restarts"] > state.scalars["restarts"]:
+        if after.watch.restarts > state.watch.restarts:
             self.forget()
             return direction, after
-        shift = self.ridge * after.scalars["curvature"] + after.scalars["indefinite"]
-        bound = after.scalars["curvature"] + shift
+        shift = self.shift(after) + 2.0 * after.indefinite
+        bound = after.curvature + shift
         if bound == 0:
             return direction, after
         nu = flat(state.multiplier)
         e = flat(evaluation.adjoint_residual) + shift * nu
         multiplier = shaped(self.moved(nu, e, bound, evaluation), state.multiplier)
-        return direction, after._replace(multiplier=multiplier)
+        return direction, after.but(multiplier=multiplier)
 
 
 class HeavyBall(Stepped):
@@ -156,10 +157,10 @@ class ConjugateGradients(Stepped):
     def forget(self) -> None:
         self.direction: Tensor | None = None
 
-    def probes(self, state: DualState) -> bool:
+    def probes(self, state: LeastSquaresState) -> bool:
         return True
 
-    def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
+    def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
         if self.direction is None:
             self.direction = -flat(slope)
         size = float(self.direction.norm())
@@ -185,26 +186,26 @@ class ConjugateGradients(Stepped):
 class ConjugateLower(LeastSquares):
     """v by conjugate directions with exact steps (its rule is SGD at 1); nu as by default."""
 
-    def start(self, lower: Tensors) -> DualState:
+    def start(self, lower: Tensors) -> LeastSquaresState:
         self.direction: Tensor | None = None
         return super().start(lower)
 
-    def probes(self, state: DualState) -> bool:
+    def probes(self, state: LeastSquaresState) -> bool:
         return True
 
-    def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
+    def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
         if self.direction is None:
             self.direction = -flat(residual)
         self.direction = self.direction / (float(self.direction.norm()) or 1.0)
         return shaped(self.direction, residual)
 
     def lower_update(
-        self, state: DualState, evaluation: Evaluation, norms: Norms
-    ) -> tuple[Tensors, DualState]:
+        self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, LeastSquaresState]:
         gradient, after = super().lower_update(state, evaluation, norms)
         d, p, product = flat(gradient), self.direction, flat(evaluation.probe_product)
         assert p is not None
-        bound, curvature = after.scalars["curvature"], float(p @ product)
+        bound, curvature = after.curvature, float(p @ product)
         if not curvature > 1e-6 * bound:
             self.direction = None
             move = -d / bound if bound > 0 else -d
@@ -224,7 +225,7 @@ class PrimalDual(MultiplierRule):
         self.weight, self.sigma = weight, sigma
 
     def start(self, lower: Tensors) -> DualState:
-        return DualState(zeros_for(lower), (), {"weight": self.weight, "damping": 1.0}, 0)
+        return DualState.at(lower, weight=self.weight, damping=1.0)
 
     def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
         return axpy(self.weight, residual, state.multiplier)
@@ -234,4 +235,4 @@ class PrimalDual(MultiplierRule):
     ) -> tuple[Tensors, DualState]:
         direction = axpy(1.0, evaluation.residual, evaluation.adjoint_residual)
         multiplier = axpy(self.sigma, evaluation.residual, state.multiplier)
-        return direction, state._replace(multiplier=multiplier, steps=state.steps + 1)
+        return direction, state.but(multiplier=multiplier, steps=state.steps + 1)

@@ -57,10 +57,10 @@ def value_gap(problem: Quadratic, weight: float) -> float:
 
 
 class Run(NamedTuple):
-    """Errors of the upper gradient after 0, 1, ... lower steps, and the rule's scalars at each."""
+    """Errors of the upper gradient after 0, 1, ... lower steps, and (w, L) of the rule at each."""
 
     errors: list[float]
-    scalars: list[dict[str, float]]
+    scales: list[tuple[float, float]]
 
 
 def in_one_loop(problem: Quadratic, penalty: Any, steps: int, lr: float) -> Run:
@@ -73,7 +73,8 @@ def in_one_loop(problem: Quadratic, penalty: Any, steps: int, lr: float) -> Run:
         optimizer.step(lambda: problem.upper_loss(u, v), lambda: problem.lower_loss(u, v))
         assert u.grad is not None
         run.errors.append(problem.error(u.grad))
-        run.scalars.append(optimizer._own_state()["scalars"])
+        scalars = optimizer._own_state()["scalars"]
+        run.scales.append((scalars.get("pull", 0.0), scalars["curvature"]))
     return run
 
 
@@ -96,10 +97,10 @@ def multiplier(problem: Quadratic, name: str, rule: LeastSquares, steps: int, lr
     start = math.hypot(problem.lower_error(0), size)
     product, radius = torch.eye(2 * n), 1.0
     bounds, law = [], []
-    for scalars in run.scalars:
+    for scales in run.scales:
         bounds.append(problem.bound(spectral(product[:n]) * start, spectral(product[n:]) * start))
         law.append(radius)
-        step = multiplier_matrix(problem, lr, scalars["pull"], scalars["curvature"])
+        step = multiplier_matrix(problem, lr, *scales)
         product = step @ product
         radius *= float(torch.linalg.eigvals(step).abs().max())
     return Curve(

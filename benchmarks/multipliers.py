@@ -51,7 +51,7 @@ from torch_penalty_bilevel import (
     Stationarity,
     testing,
 )
-from torch_penalty_bilevel.dual import MultiplierRule
+from torch_penalty_bilevel.multipliers import MultiplierRule
 
 RULES: dict[str, Callable[[], MultiplierRule]] = {
     "default": LeastSquares,

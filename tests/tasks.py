@@ -103,7 +103,8 @@ def everything(task):
     state, own = task.optimizer.state_dict(), task.optimizer._own_state()
     flat = [task.point(), torch.get_rng_state(), task.optimizer.metrics.upper_loss]
     flat += [torch.as_tensor(x).clone() for x in tree_leaves(state["state"])]
-    flat += [t.clone() for t in own["multiplier"] + own["probe"]]
+    lists = [own[name] for name in task.optimizer._dual.lists() if name != "moments"]
+    flat += [t.clone() for held in lists for t in held]
     flat += [torch.as_tensor(x).clone() for x in own["scalars"].values()]
     flat += [torch.as_tensor(own[k]) for k in ("steps", "gradient_evaluations")]
     flat += [t.clone() for t in task.optimizer.adjoint]

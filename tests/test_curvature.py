@@ -21,7 +21,6 @@ from torch_penalty_bilevel.curvature import (
     DoubleBackward,
     FiniteDifference,
     VectorJacobian,
-    engine_point,
     resolve,
 )
 from torch_penalty_bilevel.tensors import OptionalPair, Pair, filled
@@ -159,7 +158,7 @@ def test_both_products_of_a_map(engine) -> None:
     """(dr/dv)'q, (dr/du)'q and (dr/dv) w of r = v - Phi against dense Jacobians."""
     W, u, v = normal(4, 4, seed=1), normal(3, seed=2), normal(4, seed=3)
     phi = lambda u, v: torch.tanh(W @ v + u.sum() * v.square() + u[0])  # noqa: E731
-    at = engine_point(engine, Pair(*(leaves((t,)) for t in (u, v))))
+    at = engine.point(Pair(*(leaves((t,)) for t in (u, v))))
     made = engine.linearise_map(lambda u, v: (phi(u[0], v[0]),), at, reusable=True)
     B = torch.eye(4) - torch.func.jacrev(phi, argnums=1)(u, v)
     E = -torch.func.jacrev(phi, argnums=0)(u, v)

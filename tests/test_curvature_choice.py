@@ -20,7 +20,6 @@ from torch_penalty_bilevel.curvature import (
     Automatic,
     DoubleBackward,
     evidence,
-    takes_differences,
 )
 from torch_penalty_bilevel.tensors import Pair
 
@@ -229,6 +228,6 @@ def test_with_64_bits_no_saving_is_enough(dtype, monkeypatch) -> None:
 
 def test_auto_takes_differences_when_it_has_gone_over() -> None:
     engine = Automatic()
-    assert not takes_differences(engine)
+    assert not engine.takes_differences
     engine.switch()
-    assert takes_differences(engine)
+    assert engine.takes_differences

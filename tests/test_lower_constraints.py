@@ -155,11 +155,11 @@ def test_guard_sees_the_curvature_of_the_ascending_system(weight):
     change of sign a saddle would pass for negative curvature, or hide it."""
     u, v, optimizer, *_ = half_space(weight=weight)
     q_v, q_z = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-5.0])
-    before = optimizer._dual.scalars["signed_curvature"]
-    optimizer._dual = optimizer._dual._replace(multiplier=(q_v, q_z))
+    before = optimizer._dual.signed_curvature
+    optimizer._dual = optimizer._dual.but(multiplier=(q_v, q_z))
     a, t = torch.tensor([0.6, 0.8, 0.0]), torch.tensor([0.2, 0.5, -0.1])
     optimizer.lower_step(lambda: 0.5 * (v - t).square().sum(), lambda: follow(u, v))
-    seen = (optimizer._dual.scalars["signed_curvature"] - 0.9 * before) / 0.1
+    seen = (optimizer._dual.signed_curvature - 0.9 * before) / 0.1
     expected = float(q_v @ q_v + weight * (a @ q_v) ** 2)
     assert seen == pytest.approx(expected, rel=1e-9)
 

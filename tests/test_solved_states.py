@@ -10,7 +10,7 @@ from phases import Phase, Run, followed
 
 from torch_penalty_bilevel import BilevelWarning, LeastSquares, PenaltyBilevelOptimizer
 from torch_penalty_bilevel.evaluation import Norms
-from torch_penalty_bilevel.multipliers import watch
+from torch_penalty_bilevel.multipliers import Watch
 
 
 def seen(residual, slope, adjoint_residual):
@@ -19,7 +19,7 @@ def seen(residual, slope, adjoint_residual):
 
 def observed(rule, state, norms):
     evaluation = SimpleNamespace(probe_product=(torch.ones(1),))
-    return state._replace(scalars=rule._observed(state, evaluation, norms), steps=state.steps + 1)
+    return rule._observed(state, evaluation, norms).but(steps=state.steps + 1)
 
 
 @pytest.mark.parametrize("faster", [0.9, 0.5, 0.0])
@@ -30,7 +30,7 @@ def test_the_pull_stays_bounded_where_its_denominator_vanishes_first(faster):
     state = rule.start((torch.zeros(1),))
     for k in range(3000):
         state = observed(rule, state, seen(0.99**k, faster**k, faster**k))
-        assert state.scalars["pull"] < 10 * rule.share
+        assert state.pull < 10 * rule.share
 
 
 def test_a_loss_that_returns_meets_a_pull_made_for_it():
@@ -39,9 +39,9 @@ def test_a_loss_that_returns_meets_a_pull_made_for_it():
     state = rule.start((torch.zeros(1),))
     for k in range(2000):
         state = observed(rule, state, seen(max(0.99**k, 1e-3), 0.0, 0.0))
-    held = state.scalars["length"] * state.scalars["curvature"]
+    held = state.length * state.curvature
     state = observed(rule, state, seen(1e-3, 100.0, 100.0))
-    assert state.scalars["pull"] <= rule.share * held / 100.0
+    assert state.pull <= rule.share * held / 100.0
 
 
 def test_dead_probes_do_not_switch_the_power_iteration_off():
@@ -52,7 +52,7 @@ def test_dead_probes_do_not_switch_the_power_iteration_off():
     for k in range(400):
         alive.fill_(float(k >= 15))
         optimizer.lower_step(lambda: v.sum(), lambda: (alive * h * v * v).sum() / 2 + (u * v).sum())
-    assert optimizer._dual.scalars["curvature"] == pytest.approx(50.0, rel=0.03)  # 0.999 per step
+    assert optimizer._dual.curvature == pytest.approx(50.0, rel=0.03)  # 0.999 per step
     torch.testing.assert_close(optimizer.adjoint[0], -1 / h, rtol=1e-2, atol=1e-4)
 
 
@@ -81,14 +81,14 @@ def test_the_published_schedule_reports_a_certificate_that_stays_bad():
 
 def test_trouble_is_reported_again_after_it_was_over():
     """A ratio of 100, then 0.1, then 100 again: two reports, and none of a silent f."""
-    scalars, reports = dict(watch.START), 0
+    watch, reports = Watch(), 0
     for k, (adjoint, slope) in enumerate(
         [(100.0, 1.0)] * 200 + [(0.1, 1.0)] * 2000 + [(100.0, 1.0)] * 200 + [(1e-9, 0.0)] * 4000
     ):
         norms = seen(1.0, slope, adjoint)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            scalars = watch.looked_at(watch.seen(scalars, norms, k), norms, k)
+            watch = watch.seen(norms, k).looked_at(norms, k)
         reports += len(caught)
     assert reports == 2
 

@@ -17,7 +17,8 @@ from torch_penalty_bilevel import (
 from torch_penalty_bilevel.borrowed import stepped
 from torch_penalty_bilevel.checks import DependenceWatch
 from torch_penalty_bilevel.constraints import Ball, Box, Inequality
-from torch_penalty_bilevel.dual import DualState
+from torch_penalty_bilevel.multipliers import LeastSquares
+from torch_penalty_bilevel.multipliers.least_squares import LeastSquaresState
 from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.restrictions import Restriction
 from torch_penalty_bilevel.tensors import Pair
@@ -229,9 +230,9 @@ def test_multipliers_of_lower_inequalities_ascend_by_their_own_steps():
         restriction = Restriction("lower", Inequality(lambda: None, weight=weight, rate=0.5))
         restriction.multipliers = (torch.tensor([0.1, 1.0]),)
         nu, a, r = torch.tensor([1.0, 2.0]), torch.tensor([0.3, -0.6]), torch.tensor([-9.0, 0.2])
-        dual = DualState((torch.zeros(3), nu), (), {"curvature": bound}, 1)
+        dual = LeastSquaresState((torch.zeros(3), nu), curvature=bound)
         seen = types.SimpleNamespace(residual=(torch.zeros(3), r), adjoint_residual=(None, a))
-        after = restriction.ascend_jointly(dual, dual, seen)
+        after = restriction.ascend_jointly(LeastSquares(), dual, dual, seen)
         torch.testing.assert_close(after.multiplier[-1], nu + step * a)
         assert torch.equal(after.multiplier[0], torch.zeros(3))
         expected = torch.tensor([0.0, 1.0 + 0.5 * weight * 0.2])
@@ -265,7 +266,7 @@ def test_probes_of_a_sphere_see_its_curvature():
     u, v = torch.ones(2, requires_grad=True), (-c / 3).clone().requires_grad_()
     optimizer = PenaltyBilevelOptimizer([u], [v], lower_constraint=Ball(1.0), lower_lr=0.0)
     optimizer.step(lambda: (v * u).sum(), lambda: (c * u * v).sum())
-    assert optimizer._dual.scalars["probed"] == pytest.approx(3.0)
+    assert optimizer._dual.probed == pytest.approx(3.0)
 
 
 def test_held_entries_of_a_box_stay_where_momentum_moves_them():

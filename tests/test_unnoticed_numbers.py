@@ -20,7 +20,7 @@ from torch_penalty_bilevel.curvature import Automatic
 from torch_penalty_bilevel.evaluation import Norms
 from torch_penalty_bilevel.functional import hypergradient
 from torch_penalty_bilevel.implicit import ImplicitProblem, Linear, implicit_hypergradient
-from torch_penalty_bilevel.multipliers import watch
+from torch_penalty_bilevel.multipliers import Watch
 from torch_penalty_bilevel.penalties import Losses, one_worker
 from torch_penalty_bilevel.repeats import check_repeats
 from torch_penalty_bilevel.tensors import Pair
@@ -40,10 +40,9 @@ def implicit(g, v, engine=None):
 
 def test_probes_go_on_while_the_last_one_saw_too_little():
     rule = LeastSquares()
-    state = rule.start((torch.zeros(2),))._replace(steps=11)
+    state = rule.start((torch.zeros(2),)).but(steps=11, curvature=1.0)
     for probed, wanted in ((0.05, True), (0.5, False)):
-        scalars = state.scalars | {"curvature": 1.0, "probed": probed}
-        assert rule.probes(state._replace(scalars=scalars)) == wanted
+        assert rule.probes(state.but(probed=probed)) == wanted
 
 
 def test_the_multiplier_waits_while_the_probes_see_no_curvature():
@@ -66,13 +65,13 @@ def test_the_multiplier_waits_while_the_probes_see_no_curvature():
 
 
 def test_the_watch_wants_a_slope_and_filled_averages():
-    scalars = watch.START | {"adjoint_square": 1e8, "slope_square": 1.0, "slope": 1.0}
+    watch = Watch(adjoint_square=1e8, slope_square=1.0, slope=1.0)
     silent = Norms(0.0, 0.0, 1e4, 0.0, 0.0, 0.0, 0.0, 0.0)
-    watch.looked_at(scalars, silent, 500)  # warnings are errors here
+    watch.looked_at(silent, 500)  # warnings are errors here
     with pytest.warns(BilevelWarning, match="on average over the last 100"):
-        watch.looked_at(scalars, silent._replace(slope=1.0), 500)
-    assert not watch.is_hopeless(scalars, 99)
-    assert watch.is_hopeless(scalars, 100)
+        watch.looked_at(silent._replace(slope=1.0), 500)
+    assert not watch.is_hopeless(99)
+    assert watch.is_hopeless(100)
 
 
 # What a step reports.

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import rules
 from .buffers import BufferGuard
 from .constraints import Inequality
-from .curvature import Curvature, VectorJacobian
+from .curvature import Curvature
 from .levels import Level, are_named, names, parameters
 from .penalties import Losses
 from .tensors import Tensors
@@ -74,7 +74,7 @@ def losses_of(
     guard.expect(upper_closure, lower_closure)
     rules.check(upper_rule, "upper")  # again: schedulers and hands change options in mid run
     rules.check(lower_rule, "lower", lower_is_map)
-    if isinstance(curvature, VectorJacobian):
+    if not curvature.reads_live:
         both = upper_rule, lower_rule
         losses = pure(upper_closure, lower_closure, *both, guard, lower_is_map, inequalities)
     else:

@@ -36,8 +36,6 @@ class TwoLevelOptimizer(Optimizer):
     """One tensor shaped like each lower parameter, and possibly more."""
     _counts: dict[str, int]
     _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order", "_scope")
-    _shared: ClassVar[tuple[str, ...]] = ()
-    """Names in ``_own_state`` of lists with an entry per lower parameter, or empty."""
     _is_complete = False
     """Has something other than a step given the state all its entries?"""
     _has_two_rates = False
@@ -105,7 +103,7 @@ class TwoLevelOptimizer(Optimizer):
         if not begun and not (self.upper.state and self.lower.state):
             return defaultdict(dict)
         lower = levels.parameters(self.lower)
-        entries, _ = checkpoint.spread(self._own_state(), self._shared, len(lower))
+        entries, _ = checkpoint.spread(self._own_state(), self._lists(), len(lower))
         held |= {p: {**held.get(p, {}), **e} for p, e in zip(lower, entries, strict=True)}
         for parameter in levels.parameters(self.upper):
             held[parameter] = held.get(parameter) or {checkpoint.STATELESS: 1}
@@ -176,9 +174,6 @@ class TwoLevelOptimizer(Optimizer):
         self._order.append(level)
         self._group_added(level, group["params"])
 
-    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
-        raise NotImplementedError
-
     def _point(self) -> Pair:
         """The parameters that move, as they are now."""
         upper, lower = levels.parameters(self.upper), levels.parameters(self.lower)
@@ -208,87 +203,21 @@ class TwoLevelOptimizer(Optimizer):
     def _devices(self) -> list[torch.device]:
         return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
 
-    # Checkpoints, pickle, deepcopy.
+    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
+        raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's ``{"state", "param_groups"}``; tensors are not copied.
+    def _own_state(self) -> checkpoint.Memory:
+        """What is remembered beside the rules' own state, for a checkpoint."""
+        raise NotImplementedError
 
-        What is remembered for each lower parameter is in its entry of ``state``, the rest in the
-        first lower group, so ``torch.distributed.checkpoint`` and what it flattens keep all of it.
-        """
-        count, complete = len(levels.parameters(self.lower)), self._is_complete
-        _, rest = checkpoint.spread(self._own_state(), self._shared, count)
-        group = self.lower.param_groups[0]
-        group[checkpoint.GROUP], self._is_complete = rest, True
-        try:
-            return super().state_dict()
-        finally:
-            group[checkpoint.GROUP], self._is_complete = {}, complete
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken: the next step is bit-equal.
-
-        Checkpoints of the earlier format, with an entry ``"bilevel"`` beside the others, load too.
-
-        Raises:
-            ValueError: the checkpoint does not fit; nothing was changed.
-        """
-        own = self._gathered(state_dict)
-        for group in state_dict["param_groups"]:
-            rule = self._rules()[group["level"]]
-            rules.check_group(rule, group, group["level"], self._lower_is_map())
-        checkpoint.check_shapes(state_dict, self.param_groups)
-        self._check_own_state(own)
-        groups = [
-            {k: v for k, v in group.items() if k != checkpoint.GROUP}
-            for group in state_dict["param_groups"]
-        ]
-        state = checkpoint.without(state_dict["state"])
-        super().load_state_dict({"state": state, "param_groups": groups})
-        self._load_own_state(own)
-        self._is_complete = True
-
-    def _gathered(self, state_dict: dict[str, Any]) -> checkpoint.Memory:
-        groups = [g for g in state_dict["param_groups"] if g.get("level") == "lower"]
-        old = state_dict.get("bilevel")
-        rest = old or next((g[checkpoint.GROUP] for g in groups if g.get(checkpoint.GROUP)), None)
-        if rest is None:
-            raise ValueError(
-                f"not a state dict of {type(self).__name__}: it has no 'bilevel' entry (a state "
-                "dict of one level? load it into optimizer.upper or optimizer.lower)"
-            )
-        saved = [group.get("level") for group in state_dict["param_groups"]]
-        here = [group["level"] for group in self.param_groups]
-        if saved != here:
-            raise ValueError(
-                f"the checkpoint's groups have levels {saved}, this optimizer's have {here}"
-            )
-        if old:
-            return old
-        lower = levels.parameters(self.lower)
-        own, _ = checkpoint.spread(self._own_state(), self._shared, len(lower))
-        keys = [key for group in groups for key in group["params"]]
-        if len(keys) != len(lower):
-            raise ValueError(
-                f"the checkpoint has {len(keys)} lower parameters, this optimizer {len(lower)}"
-            )
-        entries = [
-            state_dict["state"].get(key, None if not p.requires_grad else {})
-            for key, p in zip(keys, lower, strict=True)
-        ]
-        return checkpoint.gathered(entries, rest, own)
+    def _lists(self) -> tuple[str, ...]:
+        """Names in ``_own_state`` of lists with an entry per lower parameter, or empty."""
+        raise NotImplementedError
 
     def _lower_is_map(self) -> bool:
         raise NotImplementedError
 
-    def _own_state(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        raise NotImplementedError
+    # Pickle, deepcopy.
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the rest of __dict__: schedulers wrap ``step`` on the instance, and hooks, as torch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import graph
-from .curvature import Automatic, Curvature, FiniteDifference, Loss, takes_differences
+from .curvature import Curvature, FiniteDifference, Loss
 from .curvature.double_backward import (
     hidden_dependence,
     refuse_reentrant_checkpoint,
@@ -58,7 +58,7 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
         in_lower_loss[:] = in_lower_loss or graph.reached([value], at.lower)
         return value
 
-    differences = takes_differences(engine)
+    differences = engine.takes_differences
     responds = [False] * len(at.upper)
     if differences:
         responds = _responds(watched, at, engine).upper
@@ -68,7 +68,7 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     try:
         residual, custom = _residual(losses.lower, at)
     except DoubleBackwardError:
-        if not (differences or isinstance(engine, Automatic)):
+        if not (differences or engine.falls_back):
             raise
         with random.replayed():
             responds = _responds(watched, at, _one_sided()).upper
@@ -105,12 +105,10 @@ def _beyond(
     except NondeterministicClosureError:
         return list(reached)  # other data in every call: nothing to compare
     hidden = [there and not seen for there, seen in zip(found.upper, reached, strict=True)]
-    if any(hidden) or (all(reached) and any((*found.upper, *found.lower))):
-        refusal = hidden_dependence(custom)
-        if not isinstance(engine, Automatic):
-            raise refusal
-        if custom is None:  # else it finds out and says so by itself
-            engine.switch(refusal.reason)
+    refuted = any(hidden) or (all(reached) and any((*found.upper, *found.lower)))
+    # A custom function it finds by itself, and says so.
+    if refuted and (custom is None or not engine.falls_back):
+        engine.refute(hidden_dependence(custom))
     return found.upper
 
 

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from . import curvature as engines
 from . import levels
-from .checks import DependenceWatch
-from .composite import TwoLevelOptimizer
-from .curvature import Curvature
-from .dual import DualState
-from .moments import copied
+from .evaluation import Norms
+from .multipliers import DualState
 from .penalties import Penalty
 from .restrictions import Restrictions
 from .tensors import Tensors, clones, placed, zeros_for
+from .two_level_memory import TwoLevelMemory
+
+Seen: TypeAlias = tuple[Tensor, Tensor, Norms, tuple[float, float], int]
+"""Of the last evaluation, for ``Metrics.of``."""
 
 
-class RemembersDual(TwoLevelOptimizer):
+class _Remembered(NamedTuple):
+    dual: DualState
+    adjoint: Tensors
+    seen: Seen | None
+    counts: dict[str, int]
+    multipliers: tuple[Tensors, Tensors]
+
+
+class RemembersDual(TwoLevelMemory):
     """The multiplier with all that is dual, for each lower parameter and lower inequality."""
 
     penalty: Penalty
-    curvature: Curvature
     _sets: Restrictions
     _dual: DualState
-    _adjoint: Tensors
-    _dependence: DependenceWatch
-    _shared = ("adjoint", "multiplier", "probe", "tracker", "moments")
+    _seen: Seen | None
 
     def restart_lower(self) -> None:
         """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
@@ -62,7 +67,18 @@ class RemembersDual(TwoLevelOptimizer):
         pairs = zip(self._dual.multiplier, self._moving_lower(), strict=True)
         return tuple(next(fresh) if moves else held for held, moves in pairs)
 
-    # What TwoLevelOptimizer asks of its subclasses.
+    # What TwoLevelMemory asks of its subclasses.
+
+    def _remembered(self) -> _Remembered:
+        counts, multipliers = dict(self._counts), self._sets.multipliers
+        return _Remembered(self._dual, self._adjoint, self._seen, counts, multipliers)
+
+    def _put_back(self, remembered: _Remembered) -> None:
+        self._dual, self._adjoint, self._seen, self._counts, multipliers = remembered
+        self._sets.multipliers = multipliers
+
+    def _lists(self) -> tuple[str, ...]:
+        return ("adjoint", *self._dual.lists())
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         if level == "lower":
@@ -73,10 +89,9 @@ class RemembersDual(TwoLevelOptimizer):
 
     def _completes_state(self) -> bool:
         done = super()._completes_state()
-        if done and self._dual.tracker:
+        if done:
             lower = levels.parameters(self.lower)
-            moments = tuple(copied(self.lower.state.get(p, {})) for p in lower)
-            self._dual = self._dual._replace(moments=moments)
+            self._dual = self._dual.remembering([self.lower.state.get(p, {}) for p in lower])
         return done
 
     def _own_state(self) -> dict[str, Any]:
@@ -87,7 +102,7 @@ class RemembersDual(TwoLevelOptimizer):
             **self._dual.packed(),
             "inequalities": self._sets.saved(),
             **self._counts,
-            "engine": engines.packed(self.curvature),
+            "engine": self._engine_packed(),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
@@ -104,7 +119,7 @@ class RemembersDual(TwoLevelOptimizer):
         self._sets.load(held, levels.parameters(self.upper)[0].device)
         self._adjoint = placed(own["adjoint"], self._dual.multiplier)
         self._counts = {name: own[name] for name in self._counts}
-        engines.unpack(self.curvature, own.get("engine", {}))
+        self._unpack_engine(own.get("engine", {}))
 
 
 def _inequalities(own: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curvature import Curvature, Loss, reads_live, takes_differences
+from .curvature import Curvature, Loss
 from .errors import BilevelWarning
 from .penalties import Losses
 from .randomness import RandomState
@@ -78,7 +78,7 @@ class FirstLook:
     """
 
     def __init__(self, losses: Losses, at: Pair, engine: Curvature) -> None:
-        lasts = reads_live(engine) and not takes_differences(engine)
+        lasts = engine.reads_live and not engine.takes_differences
         kind = _Remembered if lasts else _Compared
         self._upper = kind(losses.upper, at, "upper_closure")
         self._lower = kind(losses.lower, at, "lower_closure")

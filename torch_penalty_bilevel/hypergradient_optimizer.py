@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checkpoint, closures, levels, rows, rules
 from . import curvature as engines
-from .checks import DependenceWatch, raise_unused
+from .checks import DependenceWatch
 from .closures import Closure, Closures
-from .composite import TwoLevelOptimizer
 from .curvature import Curvature
 from .errors import NonFiniteError
 from .evaluation import Evaluation, Norms, measure
@@ -36,12 +35,19 @@ from .metrics import Metrics
 from .penalties import Losses, Reduce, one_worker
 from .restrictions import Constraint, upper_projection
 from .tensors import Tensors, clones, placed, zeros_for
-from .transaction import all_or_nothing
+from .two_level_memory import TwoLevelMemory
 
 _OF_LEARNING_RATE = ("neumann", "fixed_point", "stochastic", "one_step")
 
 
-class HypergradientOptimizer(TwoLevelOptimizer):
+class _Remembered(NamedTuple):
+    adjoint: Tensors
+    first_lower: Tensors
+    metrics: Metrics
+    counts: dict[str, int]
+
+
+class HypergradientOptimizer(TwoLevelMemory):
     r"""Bilevel optimisation by hypergradients: lower steps on g, an adjoint, an upper step.
 
     .. math::
@@ -97,7 +103,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
     """
 
     _fields = (
-        *TwoLevelOptimizer._fields,
+        *TwoLevelMemory._fields,
         "method",
         "lower_steps",
         "inner_iterations",
@@ -114,8 +120,6 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         "_counts",
         "_dependence",
     )
-
-    _shared = ("adjoint", "first_lower")
 
     def __init__(
         self,
@@ -200,16 +204,9 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         both = self._begun(upper_closure, lower_closure, closure)
         if both is None:
             return torch.zeros(())
-        before = self._adjoint, self._first_lower, self.metrics, dict(self._counts)
-        engine = engines.packed(self.curvature)
-        try:
-            with all_or_nothing([self.lower], self._devices(), self._scope) as guard:
-                rest = self.upper, self.lower, guard, self.lower_is_map
-                return self._step(closures.losses_of(self.curvature, *both, *rest))
-        except BaseException:
-            self._adjoint, self._first_lower, self.metrics, self._counts = before
-            engines.unpack(self.curvature, engine)
-            raise
+        with self._undone([self.lower]) as guard:
+            rest = self.upper, self.lower, guard, self.lower_is_map
+            return self._step(closures.losses_of(self.curvature, *both, *rest))
 
     @property
     def adjoint(self) -> Tensors:
@@ -218,8 +215,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _step(self, losses: Losses) -> Tensor:
         number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
-        how = self._scope, self.allow_unused, self.lower_is_map, self.curvature
-        self._dependence.look(losses, point, names, self._moving_lower_names(), *how)
+        self._look(losses, point, names, self._moving_lower_names())
         place = f"in step {number + 1}; nothing was changed"
         at, is_map = (losses, point, self.curvature), self.lower_is_map
         problem = Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
@@ -236,11 +232,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         face = self._restriction.faces(point.upper, estimate.hypergradient)
         evaluation = estimate.on_face(face, problem.evaluations)
         measured = measure(evaluation, names, number + 1)
-        unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
-        if unused and not self.allow_unused:
-            self._dependence.due = True  # is it the lower level that nothing depends on?
-            self._dependence.look(losses, point, names, [], *how)
-            raise_unused(unused, direct_only=self.method == "alternating")
+        self._check_used(losses, point, names, evaluation, self.method == "alternating")
         self._dependence.listen(measured.silent)
         self._record(evaluation, measured)
         levels.give(self.upper, evaluation.upper_grad)
@@ -264,16 +256,24 @@ class HypergradientOptimizer(TwoLevelOptimizer):
 
     def _record(self, evaluation: Evaluation, measured: Norms) -> None:
         fresh = iter(evaluation.adjoint)
-        parameters = levels.parameters(self.lower)
-        pairs = zip(self._adjoint, parameters, strict=True)
+        pairs = zip(self._adjoint, levels.parameters(self.lower), strict=True)
         self._adjoint = tuple(next(fresh) if p.requires_grad else q for q, p in pairs)
         self._counts["steps"] += 1
         self._counts["gradient_evaluations"] += evaluation.cost
-        scalars = {"weight": 0.0, "damping": self._options.damping or 0.0}
+        weights = 0.0, self._options.damping or 0.0
         seen = evaluation.upper_loss, evaluation.lower_loss
-        self.metrics = Metrics.of(*seen, measured, scalars, self._counts["gradient_evaluations"])
+        self.metrics = Metrics.of(*seen, measured, weights, self._counts["gradient_evaluations"])
 
     # What TwoLevelOptimizer asks of its subclasses.
+
+    def _remembered(self) -> _Remembered:
+        return _Remembered(self._adjoint, self._first_lower, self.metrics, dict(self._counts))
+
+    def _put_back(self, remembered: _Remembered) -> None:
+        self._adjoint, self._first_lower, self.metrics, self._counts = remembered
+
+    def _lists(self) -> tuple[str, ...]:
+        return "adjoint", "first_lower"
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         if level == "lower":
@@ -291,7 +291,7 @@ class HypergradientOptimizer(TwoLevelOptimizer):
             "adjoint": list(self._adjoint),
             "first_lower": list(self._first_lower),
             **self._counts,
-            "engine": engines.packed(self.curvature),
+            "engine": self._engine_packed(),
         }
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
@@ -307,4 +307,4 @@ class HypergradientOptimizer(TwoLevelOptimizer):
         like = levels.parameters(self.lower) if own["first_lower"] else []
         self._first_lower = placed(own["first_lower"], like)
         self._counts = {name: own[name] for name in self._counts}
-        engines.unpack(self.curvature, own.get("engine", {}))
+        self._unpack_engine(own.get("engine", {}))

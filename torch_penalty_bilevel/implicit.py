@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import Automatic, Curvature, engine_point, takes_differences
+from .curvature import Curvature
 from .linear_solve import Solution, conjugate_gradient, least_squares
 from .penalties import Losses, Reduce
 from .tensors import (
@@ -55,20 +55,19 @@ class ImplicitProblem:
     def __init__(self, losses: Losses, at: Pair, engine: Curvature, reduce: Reduce) -> None:
         self.losses, self.at, self.engine, self.reduce = losses, at, engine, reduce
         # Which engine "auto" ends with shows at its first product: before any is counted on.
-        if isinstance(engine, Automatic) and not engine.switched:
+        if engine.falls_back and not engine.takes_differences:
             linearised = engine.linearise(losses.lower, at)
             linearised.product(cast_like(linearised.residual, at.lower))
 
     @property
     def engine_name(self) -> str:
         """Of the engine in use."""
-        engine = self.engine
-        return engine.current.name if isinstance(engine, Automatic) else engine.name
+        return self.engine.in_use.name
 
     @property
     def differences(self) -> bool:
         """Are products differences of gradients, with an error of their own?"""
-        return takes_differences(self.engine)
+        return self.engine.takes_differences
 
     @property
     def tolerance(self) -> float:
@@ -78,7 +77,7 @@ class ImplicitProblem:
 
     def linearise(self) -> Linear:
         """All derivatives at ``at``, dense, in at least float32."""
-        at = engine_point(self.engine, self.at)
+        at = self.engine.point(self.at)
         _, direct = self.engine.gradient(self.losses.upper, at)
         linearised = self.engine.linearise(self.losses.lower, at, reusable=True)
 

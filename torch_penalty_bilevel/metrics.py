@@ -44,17 +44,16 @@ class Metrics:
         upper_loss: Tensor,
         lower_loss: Tensor,
         norms: Norms,
-        scalars: dict[str, float],
+        weights: tuple[float, float],
         count: int,
     ) -> Metrics:
-        """The numbers of one evaluation, made under ``scalars`` of the multiplier rule."""
+        """The numbers of one evaluation, made under ``weights``, (gamma, lambda)."""
         numbers = torch.tensor(
             [
                 norms.residual,
                 norms.adjoint_residual,
                 norms.upper_grad,
-                scalars["weight"],
-                scalars["damping"],
+                *weights,
             ],
             dtype=torch.float64,
         )

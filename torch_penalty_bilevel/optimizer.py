@@ -14,18 +14,20 @@ from . import closures, levels, penalties, rows, rules, self_check
 from . import curvature as engines
 from .borrowed import stepped
 from .buffers import BufferGuard
-from .checks import DependenceWatch, check_count, raise_unused, zeros_in_a_row
+from .checks import DependenceWatch, check_count, zeros_in_a_row
 from .closures import Closure, Closures
 from .curvature import Curvature
 from .dual_memory import RemembersDual
 from .evaluation import Evaluation, Norms, measure
 from .levels import Parameters
 from .metrics import Metrics
+from .moments import Moments
+from .multipliers import Move
 from .penalties import Losses, Penalty, Reduce, one_worker
 from .report import HypergradientReport
 from .restrictions import Constraint, Restrictions
-from .tensors import Pair
-from .transaction import all_or_nothing, rehearsal
+from .tensors import Pair, Tensors
+from .transaction import rehearsal
 
 Evaluate: TypeAlias = Callable[[bool], tuple[Evaluation, Norms]]
 
@@ -139,7 +141,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
         self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
-        self._seen: tuple[Tensor, Tensor, Norms, dict[str, float], int] | None = None
+        self._seen = None
         self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
         rules.check(self.lower, "lower", self._lower_is_map())
@@ -264,17 +266,24 @@ class PenaltyBilevelOptimizer(RemembersDual):
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
         lower = self._point().lower
-        if advanced.tracker:
-            pull = norms.heard(evaluation.tracker_residual)
-            tracker, moments = stepped(self.lower, lower, advanced.tracker, pull, advanced.moments)
-            advanced = advanced._replace(tracker=tracker, moments=moments)
+        advanced = rule.follow(advanced, evaluation, self._moves(lower, norms))
         levels.give(self.lower, norms.heard(direction))
         with evaluation.lower_face.retracting(lower):
             rules.step_without_decay(self.lower)
-        advanced = self._sets.lower.ascend_jointly(dual, advanced, evaluation)
+        advanced = self._sets.lower.ascend_jointly(rule, dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
+
+    def _moves(self, lower: Tensors, norms: Norms) -> Move:
+        """How the lower rule would move another point than v."""
+
+        def move(
+            point: Tensors, gradients: Tensors, memory: tuple[Moments, ...]
+        ) -> tuple[Tensors, tuple[Moments, ...]]:
+            return stepped(self.lower, lower, point, norms.heard(gradients), memory)
+
+        return move
 
     def _warms_up(self, norms: Norms) -> bool:
         """Is the hypergradient of this step still too rough for u to follow it?"""
@@ -301,17 +310,10 @@ class PenaltyBilevelOptimizer(RemembersDual):
     def _undone_on_error(
         self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
     ) -> Generator[Evaluate]:
-        """Yields ``evaluate``; undoes everything if the block raises. See ``all_or_nothing``."""
-        counts, engine = dict(self._counts), engines.packed(self.curvature)
-        before = self._dual, self._adjoint, self._seen, counts, self._sets.multipliers
-        try:
-            with all_or_nothing(rules, self._devices(), self._scope) as guard:
-                losses = self._losses(upper_closure, lower_closure, guard)
-                yield lambda for_upper: self._evaluate(losses, for_upper)
-        except BaseException:
-            self._dual, self._adjoint, self._seen, self._counts, self._sets.multipliers = before
-            engines.unpack(self.curvature, engine)
-            raise
+        """Yields ``evaluate``; undoes everything if the block raises."""
+        with self._undone(rules) as guard:
+            losses = self._losses(upper_closure, lower_closure, guard)
+            yield lambda for_upper: self._evaluate(losses, for_upper)
 
     def _evaluate(self, losses: Losses, for_upper: bool) -> tuple[Evaluation, Norms]:
         """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
@@ -319,28 +321,24 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self._dual = self._sets.start(losses, at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         at = self._sets.extended(at)
-        how = self._scope, self.allow_unused, self.penalty.lower_is_map, self.curvature
-        losses = self._dependence.look(losses, at, names, self._moving_lower_names(), *how)
-        if not for_upper and engines.reads_live(self.curvature):
+        losses = self._look(losses, at, names, self._moving_lower_names())
+        if not for_upper and self.curvature.reads_live:
             at, names = Pair((), at.lower), []
-        at = engines.engine_point(self.curvature, at)
+        at = self.curvature.point(at)
         dual = self._dual.only(self._moving_lower())
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
         evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
-        engines.observe(self.curvature, norms.adjoint_residual, norms.slope)
-        unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
-        if unused and not self.allow_unused:
-            self._dependence.due = True  # is it the lower level that nothing depends on?
-            self._dependence.look(losses, at, names, [], *how)
-            raise_unused(unused)
+        self.curvature.observe(norms.adjoint_residual, norms.slope)
+        unused = self._check_used(losses, at, names, evaluation)
         self._dependence.listen(norms.silent)
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
             self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
         self._counts["gradient_evaluations"] += evaluation.cost
         cost = self._counts["gradient_evaluations"]
-        self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, dual.scalars, cost
+        weights = dual.weight, dual.damping
+        self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, weights, cost
         return evaluation, norms
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:

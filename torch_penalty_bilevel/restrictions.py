@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from .constraints import Inequality, Projection
 from .curvature import Loss
-from .dual import DualState
 from .evaluation import Evaluation
 from .faces import Face, Faces
 from .levels import Level, names, parameters
+from .multipliers import DualState, MultiplierRule
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
 from .tensors import Pair, Tensors, placed, zeros_for
@@ -156,7 +156,7 @@ class Restriction:
         )
 
     def ascend_jointly(
-        self, before: DualState, after: DualState, evaluation: Evaluation
+        self, rule: MultiplierRule, before: DualState, after: DualState, evaluation: Evaluation
     ) -> DualState:
         """Move z along its residual, and in ``after`` the z part of nu along its own."""
         k = len(self.multipliers)
@@ -167,11 +167,11 @@ class Restriction:
         self.multipliers = tuple(
             (z.detach() + i.rate * i.weight * r.to(z)).clamp(min=0) for i, z, r in triples
         )
-        bound = after.scalars["curvature"]
-        steps = [min(i.weight, 1 / bound if bound > 0 else i.weight) for i in self.inequalities]
+        bound = rule.curvature_bound(after)
+        steps = [min(i.weight, 1 / bound if bound else i.weight) for i in self.inequalities]
         pairs = zip(steps, before.multiplier[-k:], evaluation.adjoint_residual[-k:], strict=True)
         ascended = tuple(nu + step * a.to(nu) for step, nu, a in pairs)
-        return after._replace(multiplier=after.multiplier[:-k] + ascended)
+        return after.but(multiplier=after.multiplier[:-k] + ascended)
 
     def check(self, saved: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` if ``saved`` are the multipliers of other inequalities."""
@@ -246,7 +246,7 @@ class Restrictions:
                 'not see which part of v is held; use penalty="stationarity", or constrain the '
                 "upper level only"
             )
-        if self.lower.inequalities and "curvature" not in dual.scalars:
+        if self.lower.inequalities and penalty.rule.curvature_bound(dual) is None:
             raise ValueError(
                 "an Inequality in lower_constraint needs a multiplier rule that knows a bound on "
                 'H: use penalty="stationarity" with LeastSquares(), or a Box, Simplex or Ball'

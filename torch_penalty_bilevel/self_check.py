@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from .checks import check_count
-from .curvature import Automatic, Curvature, FiniteDifference, Loss, engine_point
+from .curvature import Automatic, Curvature, FiniteDifference, Loss
 from .dependence import dependence
 from .diagnosis import Context, diagnosed
-from .dual import DualState
 from .errors import BilevelWarning
 from .evaluation import Evaluation, Norms, measure
 from .implicit import Implicit, ImplicitProblem, Linear, implicit_hypergradient
 from .linear_solve import conjugate_gradient, random_direction
-from .multipliers import LeastSquares
+from .multipliers import DualState
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
 from .report import HypergradientReport, Repeats, Slope
@@ -173,7 +172,7 @@ def _estimate(subject: Subject) -> tuple[Evaluation, Norms]:
     """What the next upper step would apply."""
     engine = copy.deepcopy(subject.curvature)
     evaluation = subject.penalty.evaluate(
-        subject.losses, engine_point(engine, subject.at), subject.dual, engine, subject.reduce
+        subject.losses, engine.point(subject.at), subject.dual, engine, subject.reduce
     )
     norms = measure(evaluation, subject.names, subject.step)
     return evaluation, norms
@@ -181,9 +180,8 @@ def _estimate(subject: Subject) -> tuple[Evaluation, Norms]:
 
 def _reference(curvature: Curvature) -> Curvature:
     """The engine itself, or an exact one where it is a difference and torch has one."""
-    if isinstance(curvature, Automatic):
-        return curvature.exact()
-    return Automatic() if isinstance(curvature, FiniteDifference) else copy.deepcopy(curvature)
+    exact = curvature.exact()
+    return Automatic() if exact.takes_differences and not exact.falls_back else exact
 
 
 def _exact(linear: Linear, problem: ImplicitProblem, options: Options) -> Implicit:
@@ -234,11 +232,11 @@ def _cancellation(linear: Linear, exact: Implicit) -> float:
 
 
 def _ridge_share(subject: Subject, evaluation: Evaluation) -> float:
-    """||a + mu nu|| / ||a|| with mu = ridge L; 1 where the rule has no ridge."""
-    rule, size = subject.penalty.rule, float(norm(evaluation.adjoint_residual))
-    if not isinstance(rule, LeastSquares) or size == 0:
+    """||a + mu nu|| / ||a|| with mu the rule's shift; 1 where there is none."""
+    size = float(norm(evaluation.adjoint_residual))
+    if size == 0:
         return 1.0
-    mu = rule.ridge * subject.dual.scalars["curvature"]
+    mu = subject.penalty.rule.shift(subject.dual)
     return float(norm(axpy(mu, evaluation.adjoint, evaluation.adjoint_residual))) / size
 
 
@@ -251,7 +249,7 @@ def _engine_difference(
     """
     if repeats == "no" or problem.differences:
         return math.nan
-    own = isinstance(subject.curvature, FiniteDifference)
+    own = subject.curvature.takes_differences and not subject.curvature.falls_back
     other = copy.deepcopy(subject.curvature) if own else FiniteDifference(central=True)
     direction = exact.adjoint
     if not 0 < float(norm(direction)) < math.inf:

@@ -87,7 +87,7 @@ def test_curvature_and_multiplier_through_silence():
         for _ in range(steps):
             run.step(weight=weight)
         # Forgotten by a thousandth per step between two probes.
-        bound = run.optimizer._dual.scalars["curvature"]
+        bound = run.optimizer._dual.curvature
         assert bound == pytest.approx(stiffest, rel=0.03)
         return float((run.optimizer.adjoint[0] - q).norm())
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..choices import chosen
-from ..tensors import Pair
 from .automatic import Automatic as Automatic
 from .double_backward import DoubleBackward as DoubleBackward
 from .finite_difference import FiniteDifference as FiniteDifference
@@ -22,6 +20,9 @@ _BY_NAME: dict[str, Callable[[], Curvature]] = {
 }
 
 
+_ASKED = ("reads_live", "falls_back", "takes_differences", "point", "in_use", "exact", "packed")
+
+
 def resolve(curvature: str | Curvature, *, weighs_costs: bool = False) -> Curvature:
     """The engine behind a name, or the engine itself; ``weighs_costs`` is for ``"auto"``.
 
@@ -30,39 +31,10 @@ def resolve(curvature: str | Curvature, *, weighs_costs: bool = False) -> Curvat
         TypeError: not an engine.
     """
     by_name = _BY_NAME | {Automatic.name: lambda: Automatic(weighs_costs)}
-    return chosen("curvature", curvature, by_name, "linearise", "FiniteDifference()")
-
-
-def engine_point(engine: Curvature, at: Pair) -> Pair:
-    """``at`` as the engine wants it; what is returned moves with it."""
-    if not reads_live(engine):  # no outer graph around torch.func's
-        return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
-    return at
-
-
-def reads_live(engine: Curvature) -> bool:
-    """Do losses read the live tensors, whatever point they are asked for?"""
-    return not isinstance(engine, VectorJacobian)
-
-
-def packed(engine: Curvature) -> dict[str, Any]:
-    """What a checkpoint needs of an engine."""
-    return engine.packed() if isinstance(engine, Automatic) else {}
-
-
-def unpack(engine: Curvature, saved: dict[str, Any]) -> None:
-    """Go on where ``packed`` was called; an engine of another kind goes its own way."""
-    if saved and isinstance(engine, Automatic):
-        engine.unpack(saved)
-
-
-def observe(engine: Curvature, adjoint_residual: float, slope: float) -> None:
-    """Tell an engine that chooses what came of its products: ||grad_v f + H q||, ||grad_v f||."""
-    if isinstance(engine, Automatic):
-        engine.observe(adjoint_residual, slope)
-
-
-def takes_differences(engine: Curvature) -> bool:
-    """Are the engine's products differences of gradients, with an error of their own?"""
-    current = engine.current if isinstance(engine, Automatic) else engine
-    return isinstance(current, FiniteDifference)
+    engine = chosen("curvature", curvature, by_name, "linearise", "FiniteDifference()")
+    if missing := [name for name in _ASKED if not hasattr(engine, name)]:
+        raise TypeError(
+            f"curvature={type(engine).__name__} lacks {missing}; subclass "
+            "torch_penalty_bilevel.curvature.Curvature, which has a default for each"
+        )
+    return engine

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _STEADY = 0.1
 
 
-class Automatic:
+class Automatic(Curvature):
     """Start with double backward; go over to finite differences on evidence, and back.
 
     It must go over, with a warning, when torch says that an operation has no second derivative,
@@ -57,6 +57,7 @@ class Automatic:
     """
 
     name = "auto"
+    falls_back = True
     _PERIOD, _FIRST = 500, 10
 
     def __init__(self, weighs_costs: bool = False) -> None:
@@ -73,16 +74,21 @@ class Automatic:
         self._alarm = Alarm()
 
     @property
-    def switched(self) -> bool:
+    def takes_differences(self) -> bool:
         """Are finite differences in use?"""
         return isinstance(self.current, FiniteDifference)
+
+    switched = takes_differences
+
+    @property
+    def in_use(self) -> Curvature:
+        return self.current
 
     @property
     def product_cost(self) -> int:
         return self.current.product_cost
 
     def exact(self) -> Automatic:
-        """A copy that uses finite differences only where it must."""
         copy = Automatic()
         if self.switched and not self._works:
             copy.switch()
@@ -103,11 +109,9 @@ class Automatic:
         return self._tried(loss, at, reusable)
 
     def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
-        # First derivatives only: nothing to switch away from.
-        return self._exact.linearise_map(phi, at, reusable=reusable)
+        return self._exact.linearise_map(phi, at, reusable=reusable)  # first derivatives only
 
     def observe(self, adjoint_residual: float, slope: float) -> None:
-        """Hear ||grad_v f + H q|| and ||grad_v f|| of a step; may bring the next look forward."""
         self._alarm = self._alarm.after(adjoint_residual, slope)
         if self.switched and self._alarm.rings:
             self._next_look = self._evaluations
@@ -120,8 +124,10 @@ class Automatic:
         if reason is not None:
             warn(f"switched to finite differences: {reason}")
 
+    def refute(self, refusal: DoubleBackwardError) -> None:
+        self.switch(refusal.reason)
+
     def packed(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
         return {
             "switched": self.switched,
             "relative_step": getattr(self.current, "relative_step", None),

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import graph
 from ..errors import BilevelError, DoubleBackwardError
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm
-from .protocol import Linearised, Loss, Map
+from .protocol import Curvature, Linearised, Loss, Map
 
 _REMEDY = (
     'Use curvature="finite_difference" (no second derivative needed), or "auto" to switch by '
@@ -156,7 +156,7 @@ def first_order(loss: Loss, at: Pair, *, inspect: bool) -> tuple[Tensor, Optiona
     return value.detach(), OptionalPair(gradients[:n], gradients[n:])
 
 
-class DoubleBackward:
+class DoubleBackward(Curvature):
     """Differentiate the residual graph: one backward pass against q gives J q and H q together.
 
     r = grad_v g is computed with its graph; the product is
@@ -171,7 +171,6 @@ class DoubleBackward:
     """
 
     name = "double_backward"
-    product_cost = 1
 
     def __init__(self) -> None:
         # Walking a large graph takes milliseconds, so each loss is looked through once.

@@ -14,7 +14,7 @@ from ..randomness import RandomState
 from ..repeats import check_repeats
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, scale
 from .double_backward import first_order
-from .protocol import Linearised, Loss
+from .protocol import Curvature, Linearised, Loss
 
 # (forward, central) relative steps ||delta|| / ||v||. A forward difference errs by
 # O(h) + O(eps / h), a central one by O(h^2) + O(eps / h); the 32-bit and 16-bit values sit at the
@@ -33,7 +33,7 @@ _NEEDS_REPETITION = (
 )
 
 
-class FiniteDifference:
+class FiniteDifference(Curvature):
     r"""One more gradient at a shifted point instead of a second derivative.
 
     .. math:: (Jq, Hq) \approx \frac{\nabla g(u, v + \delta q) - \nabla g(u, v)}{\delta},
@@ -68,10 +68,18 @@ class FiniteDifference:
             )
         self.relative_step = relative_step
         self.central = central
-        self.product_cost = 2 if central else 1
+        self._is_central = bool(central)
         # Looking through a graph and calling a closure twice is done once.
         self._inspected_upper = self._closure_repeats = False
         self._computed_in: torch.dtype | None = None
+
+    @property
+    def takes_differences(self) -> bool:
+        return True
+
+    @property
+    def product_cost(self) -> int:
+        return 2 if self._is_central else 1
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         result = first_order(loss, at, inspect=not self._inspected_upper)
@@ -125,7 +133,7 @@ class FiniteDifference:
 
     def _step_for(self, lower: Tensors) -> tuple[float, bool]:
         central = _is_central(lower) if self.central is None else self.central
-        self.product_cost = 2 if central else 1
+        self._is_central = central
         return self.relative_step or default_step(lower, central), central
 
     def _check_repeats(self, loss: Loss, at: Pair, value: Tensor, random: RandomState) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
+from ..errors import DoubleBackwardError
 from ..tensors import OptionalPair, Pair, Tensors
 
 Loss: TypeAlias = Callable[[Tensors, Tensors], Tensor]
@@ -32,14 +34,27 @@ class Linearised(NamedTuple):
 
 
 class Curvature(Protocol):
-    """One way to get first derivatives of a loss and second-order products of the lower one."""
+    """One way to get first derivatives of a loss and second-order products of the lower one.
+
+    Subclass it: what is below ``linearise`` has defaults, for an engine without memory that takes
+    exact products of live tensors.
+    """
 
     name: str
+    reads_live: bool = True
+    """Do losses read the live tensors, whatever point they are asked for? If not they are pure."""
+    falls_back: bool = False
+    """Does it go over to another way by itself where torch has no second derivative?"""
+
+    @property
+    def takes_differences(self) -> bool:
+        """Are products differences of gradients, with an error of their own?"""
+        return False
 
     @property
     def product_cost(self) -> int:
         """Gradient evaluations per product; ``gradient`` and ``linearise`` cost one each."""
-        ...
+        return 1
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         """The detached value of ``loss`` and its gradient for both levels."""
@@ -48,6 +63,36 @@ class Curvature(Protocol):
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         """``loss`` linearised at ``at``; ``reusable`` allows several products."""
         ...
+
+    def point(self, at: Pair) -> Pair:
+        """``at`` as ``loss`` wants it; what is returned moves with it."""
+        if self.reads_live:
+            return at
+        # No outer graph around torch.func's.
+        return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
+
+    @property
+    def in_use(self) -> Curvature:
+        """The engine that takes the products, of one that chooses."""
+        return self
+
+    def exact(self) -> Curvature:
+        """A copy that takes differences only where it must, for systems that are solved."""
+        return copy.deepcopy(self)
+
+    def observe(self, adjoint_residual: float, slope: float) -> None:
+        """Hear what came of the products of a step: ||grad_v f + H q|| and ||grad_v f||."""
+
+    def refute(self, refusal: DoubleBackwardError) -> None:
+        """Hear that second derivatives are silently wrong: raise, or take another way."""
+        raise refusal
+
+    def packed(self) -> dict[str, Any]:
+        """What a checkpoint, and a step that fails, need of it, by value."""
+        return {}
+
+    def unpack(self, saved: dict[str, Any]) -> None:
+        """Go on where ``packed`` was called."""
 
 
 @runtime_checkable

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..tensors import OptionalPair, Pair, Tensors
 from .double_backward import explained, half_square, refuse_silently_wrong
-from .protocol import Linearised, Loss, Map
+from .protocol import Curvature, Linearised, Loss, Map
 
 
-class VectorJacobian:
+class VectorJacobian(Curvature):
     """``torch.func.vjp`` of (u, v) -> grad_v g(u, v): its pullback of q is (J q, H q).
 
     For losses that are functions of their arguments; composes with ``torch.func.vmap`` and
@@ -25,7 +25,7 @@ class VectorJacobian:
     """
 
     name = "functional"
-    product_cost = 1
+    reads_live = False
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         (upper, lower), value = torch.func.grad_and_value(loss, argnums=(0, 1))(*at)

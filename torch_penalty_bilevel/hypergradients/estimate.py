@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..curvature import takes_differences
 from ..evaluation import Evaluation
 from ..faces import Faces
 from ..linear_solve import Solution
@@ -121,7 +120,7 @@ def estimated(
 def reachable(problem: Problem) -> float:
     """A relative residual that products in the lower level's dtype can reach."""
     eps = coarsest_eps(problem.at.lower)
-    return 30 * eps**0.5 if takes_differences(problem.engine) else max(1e-10, 100 * eps)
+    return 30 * eps**0.5 if problem.engine.takes_differences else max(1e-10, 100 * eps)
 
 
 def _judged(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..curvature import Curvature, Linearised, MapCurvature, VectorJacobian, engine_point
+from ..curvature import Curvature, Linearised, MapCurvature
 from ..errors import NonFiniteError
 from ..in_place import replaced
 from ..penalties import Losses, Reduce, one_worker
@@ -108,7 +108,7 @@ class Problem:
     @contextlib.contextmanager
     def lower_at(self, values: Tensors) -> Generator[None]:
         """Everything inside the block is at (u, values); pure functions' inputs are not touched."""
-        if isinstance(self.engine, VectorJacobian):
+        if not self.engine.reads_live:
             here = self.at
             self.at = Pair(here.upper, values)
             try:
@@ -148,7 +148,7 @@ class Problem:
         return lengths
 
     def _point(self) -> Pair:
-        return engine_point(self.engine, self.at)
+        return self.engine.point(self.at)
 
 
 class Linear:

@@ -8,11 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..choices import chosen
-from ..dual import MultiplierRule
 from .epsilon_test import EpsilonTest
 from .least_squares import LeastSquares
+from .protocol import Move, MultiplierRule
+from .state import DIRECTION, MEMORY, POINT, ZEROS, DualState, along
+from .watch import Watch
 
-__all__ = ["EpsilonTest", "LeastSquares", "resolve"]
+__all__ = [
+    "DIRECTION",
+    "MEMORY",
+    "POINT",
+    "ZEROS",
+    "DualState",
+    "EpsilonTest",
+    "LeastSquares",
+    "Move",
+    "MultiplierRule",
+    "Watch",
+    "along",
+    "resolve",
+]
 
 _BY_NAME: dict[str, Callable[[], MultiplierRule]] = {
     "least_squares": LeastSquares,

@@ -7,15 +7,26 @@ q = nu + gamma r the adjoint estimate, H = d2g/dv2, a = grad_v f + H q the adjoi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation, Norms
-from ..tensors import Tensors, axpy, norm, zeros_for
-from . import watch
+from ..tensors import Tensors, axpy, norm
+from .protocol import MultiplierRule
+from .state import DualState
+from .watch import Watch
 
 # A multiplier that moves by a test may never move. By then v has settled, and q with it.
 _PATIENCE = 1000
 _LITTLE_WORTH = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class EpsilonTestState(DualState):
+    """What ``EpsilonTest`` remembers."""
+
+    tolerance: float = 0.0
+    """epsilon."""
+    watch: Watch = Watch()
 
 
 class EpsilonTest(MultiplierRule):
@@ -76,37 +87,36 @@ class EpsilonTest(MultiplierRule):
         self.growth = growth
         self.decay = decay
 
-    def start(self, lower: Tensors) -> DualState:
-        scalars = {"weight": self.weight, "damping": self.damping, "tolerance": self.tolerance}
-        return DualState(zeros_for(lower), (), scalars | watch.START, 0)
+    def start(self, lower: Tensors) -> EpsilonTestState:
+        return EpsilonTestState.at(
+            lower, weight=self.weight, damping=self.damping, tolerance=self.tolerance
+        )
 
-    def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
-        return axpy(state.scalars["weight"], residual, state.multiplier)
+    def adjoint(self, state: EpsilonTestState, residual: Tensors) -> Tensors:
+        return axpy(state.weight, residual, state.multiplier)
 
     def lower_update(
-        self, state: DualState, evaluation: Evaluation, norms: Norms
-    ) -> tuple[Tensors, DualState]:
-        seen = watch.seen(state.scalars, norms, state.steps)
-        scalars = watch.looked_at(seen, norms, state.steps, _LITTLE_WORTH, _PATIENCE)
+        self, state: EpsilonTestState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, EpsilonTestState]:
+        seen = state.watch.seen(norms, state.steps)
+        watch = seen.looked_at(norms, state.steps, _LITTLE_WORTH, _PATIENCE)
         direction = self._lower_direction(state, evaluation)
-        return direction, state._replace(scalars=scalars, steps=state.steps + 1)
+        return direction, state.but(watch=watch, steps=state.steps + 1)
 
-    def upper_update(self, state: DualState, evaluation: Evaluation, norms: Norms) -> DualState:
+    def upper_update(
+        self, state: EpsilonTestState, evaluation: Evaluation, norms: Norms
+    ) -> EpsilonTestState:
         lower_grad = float(norm(self._lower_direction(state, evaluation)))
-        if not math.hypot(norms.upper_grad, lower_grad) < state.scalars["tolerance"]:
+        if not math.hypot(norms.upper_grad, lower_grad) < state.tolerance:
             return state
-        old = state.scalars
-        return state._replace(
-            multiplier=axpy(old["weight"], evaluation.residual, state.multiplier),
-            scalars=old
-            | {
-                "weight": old["weight"] * self.growth,
-                "damping": old["damping"] * self.decay,
-                "tolerance": old["tolerance"] * self.decay,
-            },
+        return state.but(
+            multiplier=axpy(state.weight, evaluation.residual, state.multiplier),
+            weight=state.weight * self.growth,
+            damping=state.damping * self.decay,
+            tolerance=state.tolerance * self.decay,
         )
 
     @staticmethod
-    def _lower_direction(state: DualState, evaluation: Evaluation) -> Tensors:
+    def _lower_direction(state: EpsilonTestState, evaluation: Evaluation) -> Tensors:
         """grad_v F_low = a + lambda r."""
-        return axpy(state.scalars["damping"], evaluation.residual, evaluation.adjoint_residual)
+        return axpy(state.damping, evaluation.residual, evaluation.adjoint_residual)

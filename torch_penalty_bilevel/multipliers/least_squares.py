@@ -8,11 +8,38 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
-from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation, Norms
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
-from . import watch
+from .protocol import MultiplierRule
+from .state import DIRECTION, DualState, along
+from .watch import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquaresState(DualState):
+    """What ``LeastSquares`` remembers."""
+
+    probe: Tensors = along(DIRECTION)
+    """The direction of the power iteration."""
+    pull: float = 0.0
+    """w."""
+    curvature: float = 0.0
+    """L."""
+    probed: float = 0.0
+    """||H p|| of the last probe p; 0: none has seen curvature."""
+    residual_square: float = 0.0
+    """Mean square of ||r||."""
+    length: float = 0.0
+    """D."""
+    signed_curvature: float = 0.0
+    """Mean of <nu, H nu>."""
+    multiplier_square: float = 0.0
+    """Mean square of ||nu||."""
+    indefinite: float = 0.0
+    """kappa."""
+    watch: Watch = Watch()
 
 
 class LeastSquares(MultiplierRule):
@@ -100,23 +127,25 @@ class LeastSquares(MultiplierRule):
         rule._least_curvature = curvature
         return rule
 
-    def start(self, lower: Tensors) -> DualState:
-        scalars = {"weight": 0.0, "damping": self.damping, "pull": 0.0}
-        scales = dict.fromkeys(("curvature", "probed", "residual_square", "length"), 0.0)
-        guard = dict.fromkeys(("signed_curvature", "multiplier_square", "indefinite"), 0.0)
-        scalars |= scales | guard | watch.START
-        return DualState(zeros_for(lower), zeros_for(lower), scalars, 0)
+    def start(self, lower: Tensors) -> LeastSquaresState:
+        return LeastSquaresState.at(lower, damping=self.damping)
 
-    def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
+    def curvature_bound(self, state: LeastSquaresState) -> float:
+        return state.curvature
+
+    def shift(self, state: LeastSquaresState) -> float:
+        return self.ridge * state.curvature
+
+    def adjoint(self, state: LeastSquaresState, residual: Tensors) -> Tensors:
         return state.multiplier
 
-    def probes(self, state: DualState) -> bool:
+    def probes(self, state: LeastSquaresState) -> bool:
         due = state.steps < self._FIRST_PROBES or state.steps % self._PROBE_EVERY == 0
-        return due or not _is_backed(state.scalars)
+        return due or not _is_backed(state)
 
-    def probe(self, state: DualState, residual: Tensors, slope: Tensors) -> Tensors:
+    def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
-        if state.scalars["probed"] > 0:
+        if state.probed > 0:
             return state.probe
         first = _unit(residual)
         both = axpy(1.0, first, _unit(slope))
@@ -126,74 +155,76 @@ class LeastSquares(MultiplierRule):
         return _unit(axpy(1.0, fresh, state.probe))
 
     def lower_update(
-        self, state: DualState, evaluation: Evaluation, norms: Norms
-    ) -> tuple[Tensors, DualState]:
-        scalars = self._observed(state, evaluation, norms)
-        multiplier = state.multiplier
-        if scalars["probed"] > 0 or norms.product > 0:  # else H = 0 for all that is known
-            multiplier = self._descended(multiplier, evaluation.adjoint_residual, scalars)
-        if watch.is_hopeless(scalars, state.steps):
-            multiplier, scalars = zeros_for(multiplier), watch.restarted(scalars, norms)
+        self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, LeastSquaresState]:
+        seen = self._observed(state, evaluation, norms)
+        multiplier, watch = state.multiplier, seen.watch
+        if seen.probed > 0 or norms.product > 0:  # else H = 0 for all that is known
+            multiplier = self._descended(seen, evaluation.adjoint_residual)
+        if watch.is_hopeless(state.steps):
+            multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
         residual = evaluation.residual
         if self.damping != 1.0:
             residual = scale(residual, self.damping)
-        direction = axpy(scalars["pull"], evaluation.adjoint_residual, residual)
+        direction = axpy(seen.pull, evaluation.adjoint_residual, residual)
         probe = state.probe
         if norms.probe_product > 0:
             probe = scale(evaluation.probe_product, 1.0 / norms.probe_product)
-        return direction, DualState(multiplier, probe, scalars, state.steps + 1)
+        return direction, seen.but(
+            multiplier=multiplier, probe=probe, watch=watch, steps=state.steps + 1
+        )
 
-    def _descended(
-        self, multiplier: Tensors, adjoint_residual: Tensors, scalars: dict[str, float]
-    ) -> Tensors:
+    def _descended(self, state: LeastSquaresState, adjoint_residual: Tensors) -> Tensors:
         """Nu - (a + mu nu) / (L + mu)."""
-        shift = self.ridge * scalars["curvature"] + 2.0 * scalars["indefinite"]
-        step = _ratio(1.0, scalars["curvature"] + shift)
+        multiplier, shift = state.multiplier, self.shift(state) + 2.0 * state.indefinite
+        step = _ratio(1.0, state.curvature + shift)
         if shift > 0:
             multiplier = scale(multiplier, 1.0 - shift * step)
         return axpy(-step, adjoint_residual, multiplier)
 
-    def _observed(self, state: DualState, evaluation: Evaluation, norms: Norms) -> dict[str, float]:
-        """The scalars after seeing one more evaluation."""
-        new = watch.seen(state.scalars, norms, state.steps)
-        probed = norms.probe_product if evaluation.probe_product else new["probed"]
-        new |= self._bounded(new, norms, probed)
-        new |= self._pulled(new, norms, state.steps)
+    def _observed(
+        self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
+    ) -> LeastSquaresState:
+        """The numbers after seeing one more evaluation."""
+        watch = state.watch.seen(norms, state.steps)
+        probed = norms.probe_product if evaluation.probe_product else state.probed
+        curvature = self._bound(state, norms, probed)
+        residual_square = _average(state.residual_square, norms.residual**2, self._AVERAGE_MEMORY)
+        faded = state.length * state.steps / (state.steps + 1)
+        length = max(_ratio(math.sqrt(residual_square), curvature), faded)
         brief = self._INDEFINITE_AVERAGE_MEMORY
-        signed = _average(new["signed_curvature"], norms.curvature, brief)
-        length = _average(new["multiplier_square"], norms.adjoint**2, brief)
-        faded = self._INDEFINITE_MEMORY * new["indefinite"]
-        new |= {
-            "signed_curvature": signed,
-            "multiplier_square": length,
-            "indefinite": max(faded, _ratio(-signed, length)),
-        }
-        return watch.looked_at(new, norms, state.steps)
+        signed = _average(state.signed_curvature, norms.curvature, brief)
+        square = _average(state.multiplier_square, norms.adjoint**2, brief)
+        return state.but(
+            pull=self.share * curvature * _ratio(length, _slope(watch, norms)),
+            curvature=curvature,
+            probed=probed,
+            residual_square=residual_square,
+            length=length,
+            signed_curvature=signed,
+            multiplier_square=square,
+            indefinite=max(self._INDEFINITE_MEMORY * state.indefinite, _ratio(-signed, square)),
+            watch=watch.looked_at(norms, state.steps),
+        )
 
-    def _bounded(self, old: dict[str, float], norms: Norms, probed: float) -> dict[str, float]:
-        """The bound L."""
+    def _bound(self, state: LeastSquaresState, norms: Norms, probed: float) -> float:
+        """L."""
         seen = max(_ratio(norms.product, norms.adjoint), norms.probe_product)
         memory = self._CURVATURE_MEMORY
-        if not _is_backed(old):
+        if not _is_backed(state):
             memory = self._UNBACKED_MEMORY if probed > 0 else 1.0
-        bound = max(memory * old["curvature"], seen, self._least_curvature)
-        return {"curvature": bound, "probed": probed}
-
-    def _pulled(self, old: dict[str, float], norms: Norms, steps: int) -> dict[str, float]:
-        """The pull w; ``old`` holds this step's L and the averages of the watch."""
-        residual = _average(old["residual_square"], norms.residual**2, self._AVERAGE_MEMORY)
-        bound = old["curvature"]
-        faded = old["length"] * steps / (steps + 1)
-        length = max(_ratio(math.sqrt(residual), bound), faded)
-        lately = math.sqrt(old["adjoint_square"] + old["slope_square"])
-        slope = max(old["slope"], lately, math.hypot(norms.adjoint_residual, norms.slope))
-        pull = self.share * bound * _ratio(length, slope)
-        return {"residual_square": residual, "length": length, "pull": pull}
+        return max(memory * state.curvature, seen, self._least_curvature)
 
 
-def _is_backed(scalars: dict[str, float]) -> bool:
+def _slope(watch: Watch, norms: Norms) -> float:
+    """S."""
+    lately = math.sqrt(watch.adjoint_square + watch.slope_square)
+    return max(watch.slope, lately, math.hypot(norms.adjoint_residual, norms.slope))
+
+
+def _is_backed(state: LeastSquaresState) -> bool:
     """Did the last probe see curvature, and about as much as L says there is?"""
-    return 0 < scalars["probed"] >= 0.1 * scalars["curvature"]
+    return 0 < state.probed >= 0.1 * state.curvature
 
 
 def _average(old: float, new: float, memory: float) -> float:

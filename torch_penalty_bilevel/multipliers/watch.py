@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass, replace
 
 from ..errors import BilevelWarning
 from ..evaluation import Norms
-
-START = dict.fromkeys(("adjoint_square", "slope_square", "slope", "warned", "restarts"), 0.0)
-"""What the watch remembers in a rule's scalars: mean squares of ||a|| and ||grad_v f||, the fading
-maximum of ||grad_v f||, whether the present trouble was reported, and how many restarts."""
 
 SUSPICIOUS = 10.0
 """The ratio from which a multiplier that moves in every step is reported."""
@@ -33,66 +30,73 @@ _MEMORY = 0.99
 _PATIENCE = 100
 
 
-def seen(scalars: dict[str, float], norms: Norms, steps: int) -> dict[str, float]:
-    """``scalars`` with the averages after one more evaluation, the ``steps``-th from 0."""
-    adjoint = _average(scalars["adjoint_square"], norms.adjoint_residual)
-    slope = _average(scalars["slope_square"], norms.slope)
-    faded = scalars["slope"] * (steps + _PATIENCE) / (steps + _PATIENCE + 1)
-    held = max(math.sqrt(slope), faded)
-    return scalars | {"adjoint_square": adjoint, "slope_square": slope, "slope": held}
+@dataclass(frozen=True)
+class Watch:
+    """What the watch remembers."""
 
+    adjoint_square: float = 0.0
+    """Mean square of ||a||."""
+    slope_square: float = 0.0
+    """Mean square of ||grad_v f||."""
+    slope: float = 0.0
+    """The fading maximum of ||grad_v f||."""
+    warned: bool = False
+    """Was the present trouble reported?"""
+    restarts: int = 0
+    """Of the multiplier."""
 
-def looked_at(
-    scalars: dict[str, float],
-    norms: Norms,
-    steps: int,
-    limit: float = SUSPICIOUS,
-    patience: int = _PATIENCE,
-) -> dict[str, float]:
-    """``scalars`` after a look; warns once per trouble if the ratio has long been above a limit."""
-    if _ratio(scalars) < _RECOVERED * limit:
-        return scalars | {"warned": 0.0}
-    troubled = steps >= patience and _ratio(scalars) > limit and _matters(scalars, norms)
-    if scalars["warned"] or not troubled:
-        return scalars
-    _warn(
-        f"||grad_v f + H q|| has been {_ratio(scalars):.2g} times ||grad_v f|| on average over the "
-        f"last 100 lower steps (step {steps}), and q = 0 has 1: the hypergradient is not to be "
-        "trusted. Lower the learning rate of the upper level, take more lower_steps or larger "
-        "batches; optimizer.check_hypergradient(...) looks for the cause"
-    )
-    return scalars | {"warned": 1.0}
+    def seen(self, norms: Norms, steps: int) -> Watch:
+        """After one more evaluation, the ``steps``-th from 0."""
+        adjoint = _average(self.adjoint_square, norms.adjoint_residual)
+        slope = _average(self.slope_square, norms.slope)
+        faded = self.slope * (steps + _PATIENCE) / (steps + _PATIENCE + 1)
+        held = max(math.sqrt(slope), faded)
+        return Watch(adjoint, slope, held, self.warned, self.restarts)
 
-
-def is_hopeless(scalars: dict[str, float], steps: int) -> bool:
-    """Would the multiplier reach the adjoint sooner from zero?"""
-    return steps >= _PATIENCE and _ratio(scalars) > _HOPELESS
-
-
-def restarted(scalars: dict[str, float], norms: Norms) -> dict[str, float]:
-    """``scalars`` of a multiplier that starts again at zero; warns, unless f has just gone."""
-    if _matters(scalars, norms):
+    def looked_at(
+        self, norms: Norms, steps: int, limit: float = SUSPICIOUS, patience: int = _PATIENCE
+    ) -> Watch:
+        """After a look; warns once per trouble if the ratio has long been above a limit."""
+        if self.ratio < _RECOVERED * limit:
+            return replace(self, warned=False) if self.warned else self
+        troubled = steps >= patience and self.ratio > limit and self._matters(norms)
+        if self.warned or not troubled:
+            return self
         _warn(
-            f"||grad_v f + H q|| has grown to {_ratio(scalars):.2g} times ||grad_v f||: the "
-            "multiplier diverged and restarts from zero. Lower the learning rates; is g bounded "
-            "below in v?"
+            f"||grad_v f + H q|| has been {self.ratio:.2g} times ||grad_v f|| on average over the "
+            f"last 100 lower steps (step {steps}), and q = 0 has 1: the hypergradient is not to be "
+            "trusted. Lower the learning rate of the upper level, take more lower_steps or larger "
+            "batches; optimizer.check_hypergradient(...) looks for the cause"
         )
-    restarts = scalars["restarts"] + 1.0
-    return scalars | {"adjoint_square": scalars["slope_square"], "restarts": restarts}
+        return replace(self, warned=True)
+
+    def is_hopeless(self, steps: int) -> bool:
+        """Would the multiplier reach the adjoint sooner from zero?"""
+        return steps >= _PATIENCE and self.ratio > _HOPELESS
+
+    def restarted(self, norms: Norms) -> Watch:
+        """Of a multiplier that starts again at zero; warns, unless f has just gone."""
+        if self._matters(norms):
+            _warn(
+                f"||grad_v f + H q|| has grown to {self.ratio:.2g} times ||grad_v f||: the "
+                "multiplier diverged and restarts from zero. Lower the learning rates; is g "
+                "bounded below in v?"
+            )
+        return replace(self, adjoint_square=self.slope_square, restarts=self.restarts + 1)
+
+    @property
+    def ratio(self) -> float:
+        """Root mean squares of ||a|| over those of ||grad_v f||; 0 where f is silent."""
+        if self.slope_square == 0:
+            return 0.0
+        return math.sqrt(self.adjoint_square / self.slope_square)
+
+    def _matters(self, norms: Norms) -> bool:
+        return norms.slope > 0 and math.sqrt(self.adjoint_square) > _NEGLIGIBLE * self.slope
 
 
 def _average(old: float, length: float) -> float:
     return _MEMORY * old + (1 - _MEMORY) * length**2
-
-
-def _matters(scalars: dict[str, float], norms: Norms) -> bool:
-    adjoint = math.sqrt(scalars["adjoint_square"])
-    return norms.slope > 0 and adjoint > _NEGLIGIBLE * scalars["slope"]
-
-
-def _ratio(scalars: dict[str, float]) -> float:
-    slope = scalars["slope_square"]
-    return math.sqrt(scalars["adjoint_square"] / slope) if slope > 0 else 0.0
 
 
 def _warn(message: str) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..curvature import Curvature, MapCurvature
-from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
-from ..multipliers import LeastSquares
+from ..multipliers import DualState, MultiplierRule
 from ..multipliers import resolve as resolve_multiplier
 from ..tensors import Pair
 from .protocol import Losses, Reduce
@@ -65,8 +64,7 @@ class FixedPoint:
     takes_lower_constraints = False
 
     def __init__(self, multiplier: str | MultiplierRule = "least_squares") -> None:
-        rule = resolve_multiplier(multiplier)
-        self.rule = rule.bounded_below(1.0) if isinstance(rule, LeastSquares) else rule
+        self.rule = resolve_multiplier(multiplier).bounded_below(1.0)
 
     def evaluate(
         self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from ..curvature import Curvature, Loss
-from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
 from ..faces import FacesOf, everywhere
+from ..multipliers import MultiplierRule
 from ..tensors import Pair, Tensors
 
 Reduce: TypeAlias = Callable[[Tensors], Tensors]
@@ -50,7 +50,7 @@ class Penalty(Protocol):
         ...
 
     def evaluate(
-        self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce
+        self, losses: Losses, at: Pair, state: Any, curvature: Curvature, reduce: Reduce
     ) -> Evaluation:
         """All terms at one point."""
         ...

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..curvature import Linearised
-from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
 from ..faces import FacesOf, everywhere
+from ..multipliers import DualState, MultiplierRule
 from ..tensors import (
     OptionalPair,
     OptionalTensors,

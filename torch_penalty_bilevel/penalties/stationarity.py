@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..curvature import Curvature
-from ..dual import DualState, MultiplierRule
 from ..evaluation import Evaluation
+from ..multipliers import DualState, MultiplierRule
 from ..multipliers import resolve as resolve_multiplier
 from ..tensors import Pair, Tensors
 from .protocol import Losses, Reduce

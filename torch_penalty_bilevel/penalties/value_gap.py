@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..curvature import Curvature, Loss, VectorJacobian
-from ..dual import DualState, MultiplierRule
+from ..curvature import Curvature, Loss
 from ..evaluation import Evaluation, Norms
 from ..in_place import replaced
-from ..multipliers import watch
+from ..moments import Moments
+from ..multipliers import MEMORY, POINT, DualState, Move, MultiplierRule, Watch, along
 from ..randomness import RandomState
 from ..repeats import check_repeats
 from ..tensors import (
@@ -27,7 +28,6 @@ from ..tensors import (
     norms,
     scale,
     sum_of_present,
-    zeros_for,
 )
 from .protocol import Losses, Reduce
 
@@ -35,6 +35,25 @@ _NEEDS_REPETITION = (
     "The value gap needs the same data twice: draw the batch outside the closure, or use "
     'penalty="stationarity"'
 )
+
+
+@dataclass(frozen=True, eq=False)
+class ValueGapState(DualState):
+    """What ``ValueGap`` remembers; its ``multiplier`` is the last q."""
+
+    tracker: Tensors = along(POINT)
+    """z, a second lower point that follows argmin g(u, .)."""
+    moments: tuple[Moments, ...] = along(MEMORY)
+    """What the lower rule remembers about each tensor of z."""
+    residual_square: float = 0.0
+    """Mean square of ||grad_v g||."""
+    curvature: float = 0.0
+    """L."""
+    length: float = 0.0
+    """D."""
+    slope_scale: float = 0.0
+    """S."""
+    watch: Watch = Watch()
 
 
 class ValueGap(MultiplierRule):
@@ -153,9 +172,9 @@ class ValueGap(MultiplierRule):
         return self
 
     def evaluate(
-        self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce
+        self, losses: Losses, at: Pair, state: ValueGapState, curvature: Curvature, reduce: Reduce
     ) -> Evaluation:
-        weight, tracker = state.scalars["weight"], _tracker(state, at)
+        weight, tracker = state.weight, _tracker(state, at)
         upper_loss, direct = curvature.gradient(losses.upper, at)
         random = RandomState(t.device for t in (*at.upper, *at.lower))
         value, here = curvature.gradient(losses.lower, at)
@@ -193,73 +212,67 @@ class ValueGap(MultiplierRule):
 
     # How gamma and z move.
 
-    def start(self, lower: Tensors) -> DualState:
-        weight = 0.0 if self.relative else self.weight
-        scales = dict.fromkeys(("residual_square", "curvature", "length", "slope_scale"), 0.0)
-        scalars = {"weight": weight, "damping": 0.0} | scales | watch.START
-        return DualState(
-            zeros_for(lower), (), scalars, 0, tracker=clones(lower), moments=({},) * len(lower)
-        )
+    def start(self, lower: Tensors) -> ValueGapState:
+        return ValueGapState.at(lower, weight=0.0 if self.relative else self.weight)
 
-    def adjoint(self, state: DualState, residual: Tensors) -> Tensors:
+    def adjoint(self, state: ValueGapState, residual: Tensors) -> Tensors:
         return state.multiplier
 
     def lower_update(
-        self, state: DualState, evaluation: Evaluation, norms: Norms
-    ) -> tuple[Tensors, DualState]:
+        self, state: ValueGapState, evaluation: Evaluation, norms: Norms
+    ) -> tuple[Tensors, ValueGapState]:
         eps = coarsest_eps(evaluation.tracker)
-        scalars = self._advanced(state, norms, eps)
+        seen = self._observed(state, norms, eps)
         # grad_v f / gamma. With grad_v g = 0 so far nothing says how small f is: a step that any
         # later one outweighs, and that shows the curvature.
-        weight = scalars["weight"]
+        weight = seen.weight
         share = 1.0 / weight if weight > 0 else _ratio(eps**0.25 * (1 + norms.tracker), norms.slope)
         slope = axpy(
-            -state.scalars["weight"],
+            -state.weight,
             axpy(-1.0, evaluation.tracker_residual, evaluation.residual),
             evaluation.adjoint_residual,
         )
         direction = axpy(share, slope, evaluation.residual)
-        return direction, state._replace(
-            multiplier=evaluation.adjoint,
-            scalars=scalars,
-            steps=state.steps + 1,
-            tracker=evaluation.tracker,
+        return direction, seen.but(
+            multiplier=evaluation.adjoint, steps=state.steps + 1, tracker=evaluation.tracker
         )
 
-    def _advanced(self, state: DualState, norms: Norms, eps: float) -> dict[str, float]:
-        """The scalars after one more evaluation; ``eps`` is the rounding error of v."""
-        new = watch.seen(state.scalars, norms, state.steps)
-        new = watch.looked_at(new, norms, state.steps, self._SUSPICIOUS, self._PATIENCE)
+    def follow(self, state: ValueGapState, evaluation: Evaluation, move: Move) -> ValueGapState:
+        tracker, moments = move(state.tracker, evaluation.tracker_residual, state.moments)
+        return state.but(tracker=tracker, moments=moments)
+
+    def _observed(self, state: ValueGapState, norms: Norms, eps: float) -> ValueGapState:
+        """The numbers after one more evaluation; ``eps`` is the rounding error of v."""
+        watch = state.watch.seen(norms, state.steps)
+        watch = watch.looked_at(norms, state.steps, self._SUSPICIOUS, self._PATIENCE)
         memory = self._AVERAGE_MEMORY
-        residual = memory * new["residual_square"] + (1 - memory) * norms.residual**2
+        residual = memory * state.residual_square + (1 - memory) * norms.residual**2
+        new = state.but(watch=watch, residual_square=residual)
         weight = self.weight
         if self.relative:
-            new |= self._scaled(new, norms, state, math.sqrt(residual), math.sqrt(eps))
-            if new["curvature"] > 0:
-                weight *= _ratio(new["slope_scale"], new["curvature"] * new["length"])
+            new = self._scaled(new, norms, math.sqrt(eps))
+            if new.curvature > 0:
+                weight *= _ratio(new.slope_scale, new.curvature * new.length)
             else:
                 weight *= _ratio(norms.slope, norms.residual)
         weight *= 1.0 + self.growth * state.steps
-        weight = weight or new["weight"]
-        return new | {"weight": weight, "residual_square": residual}
+        return new.but(weight=weight or state.weight)
 
-    def _scaled(
-        self, old: dict[str, float], norms: Norms, state: DualState, lately: float, rounding: float
-    ) -> dict[str, float]:
+    def _scaled(self, old: ValueGapState, norms: Norms, rounding: float) -> ValueGapState:
         """L, D and S."""
-        apart = _ratio(norms.adjoint, state.scalars["weight"])
-        curvature = old["curvature"]
+        apart = _ratio(norms.adjoint, old.weight)
+        curvature = old.curvature
         exact = 0.01 * math.sqrt(rounding) * norms.tracker  # differences over less are rounding
         if apart > exact and norms.product > 0:
             now = norms.product / norms.adjoint
             curvature = max(self._CURVATURE_MEMORY * curvature, now)
-        fade = (state.steps / (state.steps + 1)) ** self._FADING
-        length = _ratio(max(lately, norms.residual), curvature)
+        fade = (old.steps / (old.steps + 1)) ** self._FADING
+        length = _ratio(max(math.sqrt(old.residual_square), norms.residual), curvature)
         if curvature > 0:
-            floor = max(rounding, 0.1 * (1 + state.steps / self._EARLY) ** -self._FADING)
-            length = max(length, fade * old["length"], floor * norms.tracker)
-        slope = max(math.sqrt(old["slope_square"]), norms.slope, fade * old["slope_scale"])
-        return {"curvature": curvature, "length": length, "slope_scale": slope}
+            floor = max(rounding, 0.1 * (1 + old.steps / self._EARLY) ** -self._FADING)
+            length = max(length, fade * old.length, floor * norms.tracker)
+        slope = max(math.sqrt(old.watch.slope_square), norms.slope, fade * old.slope_scale)
+        return old.but(curvature=curvature, length=length, slope_scale=slope)
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -267,7 +280,7 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else 0.0
 
 
-def _tracker(state: DualState, at: Pair) -> Tensors:
+def _tracker(state: ValueGapState, at: Pair) -> Tensors:
     """z; before the first step v itself, which may have been loaded after construction."""
     return state.tracker if state.steps > 0 else clones(at.lower)
 
@@ -276,7 +289,7 @@ def _gradient_at(
     loss: Loss, at: Pair, tracker: Tensors, curvature: Curvature
 ) -> tuple[Tensor, OptionalPair]:
     """g(u, z) and its gradient; live closures read z from the storage of v."""
-    if isinstance(curvature, VectorJacobian):
+    if not curvature.reads_live:
         return curvature.gradient(loss, Pair(at.upper, tracker))
     with replaced(at.lower, tracker):
         return curvature.gradient(loss, at)

@@ -1,0 +1,74 @@
+"""What a multiplier rule must be able to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from ..evaluation import Evaluation, Norms
+from ..moments import Moments
+from ..tensors import Tensors
+from .state import DualState
+
+Move: TypeAlias = Callable[
+    [Tensors, Tensors, tuple[Moments, ...]], tuple[Tensors, tuple[Moments, ...]]
+]
+"""(point, gradients, memory) -> one step of the lower rule from there, and its memory after it."""
+
+R = TypeVar("R", bound="MultiplierRule")
+
+
+class MultiplierRule(Protocol):
+    """How nu, gamma, lambda and whatever else is dual move; subclass it, or offer the same.
+
+    A rule is a set of constants. What changes is a ``DualState``, or a rule's own extension of it,
+    that goes in and comes out.
+    """
+
+    shares_evaluation: bool
+    """May the last lower evaluation serve the upper update too?"""
+
+    def start(self, lower: Tensors) -> Any:
+        """The state before the first step."""
+        ...
+
+    def adjoint(self, state: Any, residual: Tensors) -> Tensors:
+        """The adjoint estimate q = nu + gamma r."""
+        ...
+
+    def probes(self, state: Any) -> bool:
+        """Does the next evaluation need a product with ``probe``? By default never."""
+        return False
+
+    def probe(self, state: Any, residual: Tensors, slope: Tensors) -> Tensors:
+        """A direction of unit length; ``slope`` is grad_v f."""
+        raise NotImplementedError(f"{type(self).__name__} asks for no probe")
+
+    def lower_update(self, state: Any, evaluation: Evaluation, norms: Norms) -> tuple[Tensors, Any]:
+        """The gradient d for the lower rule, and the state after this lower step."""
+        ...
+
+    def follow(self, state: Any, evaluation: Evaluation, move: Move) -> Any:
+        """The state once points of its own have moved by the lower rule; by default it has none."""
+        return state
+
+    def upper_update(self, state: Any, evaluation: Evaluation, norms: Norms) -> Any:
+        """The state after an upper step that used ``evaluation``; by default unchanged."""
+        return state
+
+    # What others may ask.
+
+    def curvature_bound(self, state: Any) -> float | None:
+        """L >= ||H||_2 as far as seen, 0 before; None (default) where the rule keeps no bound."""
+        return None
+
+    def shift(self, state: Any) -> float:
+        """Mu where nu is to solve (H + mu I) nu = -grad_v f; by default 0, the exact adjoint."""
+        return 0.0
+
+    def bounded_below(self: R, curvature: float) -> R:
+        """The same rule where ||H|| >= ``curvature`` is known; by default nothing depends on it."""
+        return self
+
+
+__all__ = ["DualState", "Move", "MultiplierRule"]
