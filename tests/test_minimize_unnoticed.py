@@ -135,8 +135,8 @@ def test_a_callback_sees_losses_without_the_barrier() -> None:
 
 
 def test_a_step_onto_a_saddle_of_the_lower_loss_is_refused():
-    """g = u a^2 / 2 + a^4 / 4 + (b - u)^2 / 2: a = 0 is its minimiser for u >= 0, and below a saddle
-    that restoring a step ends at too, as its gradient in a vanishes. f falls towards u = -1."""
+    """g = u a^2 / 2 + a^4 / 4 + (b - u)^2 / 2 has its minimum at a = 0 for u >= 0, a saddle below:
+    restoring a step ends there too, as the gradient in a vanishes. f falls towards u = -1."""
     found = minimize(
         lambda u, v: (u + 1).square().sum() + (v[1] - u).square().sum(),
         lambda u, v: u[0] * v[0] ** 2 / 2 + v[0] ** 4 / 4 + (v[1] - u[0]) ** 2 / 2,

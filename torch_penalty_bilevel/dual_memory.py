@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from . import levels
+from .constraints import LowerPoint
 from .evaluation import Norms
 from .multipliers import DualState
 from .penalties import Penalty
@@ -44,13 +45,14 @@ class RemembersDual(TwoLevelMemory):
         """
         sets = self._sets.lower
         sets.multipliers = zeros_for(sets.multipliers)
-        self._dual = self._dual.restarted([*levels.parameters(self.lower), *sets.multipliers])
+        here = LowerPoint(tuple(levels.parameters(self.lower)), sets.multipliers)
+        self._dual = self._dual.restarted(here.row)
         self._adjoint = self._dual.multiplier
 
     @property
     def adjoint(self) -> Tensors:
         """The estimate q = nu + gamma r, shaped like v; at a solution -H^{-1} grad_v f."""
-        return self._adjoint[: len(levels.parameters(self.lower))]
+        return LowerPoint.of(self._adjoint, len(self._sets.lower.multipliers)).parameters
 
     @property
     def inequality_multipliers(self) -> dict[str, Tensors]:

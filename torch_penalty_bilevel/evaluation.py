@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .constraints import Faces
 from .errors import NonFiniteError
-from .faces import Faces
 from .tensors import OptionalTensors, Tensors, norms
 
 _RESIDUAL, _PULL = "residual grad_v g", "tracker residual grad_v g(u, z)"

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .constraints import Inequality, Projection
+from .constraints import Face, Faces, Inequality, LowerPoint, Projection
 from .curvature import Loss
 from .evaluation import Evaluation
-from .faces import Face, Faces
 from .levels import Level, names, parameters
 from .multipliers import DualState, MultiplierRule
 from .penalties import Losses, Penalty, Reduce
@@ -94,13 +93,14 @@ class Restriction:
         projection = self.projection
         if projection is None:
             return Faces()
-        n = len(point) - (len(self.multipliers) if self.level == "lower" else 0)
+        held = len(self.multipliers) if self.level == "lower" else 0
+        pairs = list(zip(point, gradient, strict=True))
         with torch.no_grad():
             found = [
                 projection.face(x.detach(), torch.zeros_like(x) if g is None else g)
-                for x, g in zip(point[:n], gradient[:n], strict=True)
+                for x, g in pairs[: len(pairs) - held]
             ]
-        return Faces([*found, *[Face()] * (len(point) - n)])
+        return Faces([*found, *[Face()] * held])
 
     # Inequalities.
 
@@ -118,7 +118,8 @@ class Restriction:
             if self.level == "upper":
                 self._seen = _bare(plain), tuple(_bare(h) for h in seen)
                 self.multipliers = self.multipliers or zeros_for(self._seen[1])
-            held = self.multipliers if self.level == "upper" else lower[-len(values) :]
+            z = LowerPoint.of(lower, len(values)).multipliers
+            held = self.multipliers if self.level == "upper" else z
             for triple in zip(self.inequalities, seen, held, strict=True):
                 total = total + self._term(*triple)
             return total
@@ -162,16 +163,19 @@ class Restriction:
         k = len(self.multipliers)
         if k == 0:
             return after
-        slopes = evaluation.residual[-k:]
-        triples = zip(self.inequalities, self.multipliers, slopes, strict=True)
+        residual = LowerPoint.of(evaluation.residual, k).multipliers
+        triples = zip(self.inequalities, self.multipliers, residual, strict=True)
         self.multipliers = tuple(
             (z.detach() + i.rate * i.weight * r.to(z)).clamp(min=0) for i, z, r in triples
         )
         bound = rule.curvature_bound(after)
         steps = [min(i.weight, 1 / bound if bound else i.weight) for i in self.inequalities]
-        pairs = zip(steps, before.multiplier[-k:], evaluation.adjoint_residual[-k:], strict=True)
-        ascended = tuple(nu + step * a.to(nu) for step, nu, a in pairs)
-        return after.but(multiplier=after.multiplier[:-k] + ascended)
+        nus = LowerPoint.of(before.multiplier, k).multipliers
+        slopes = LowerPoint.of(evaluation.adjoint_residual, k).multipliers
+        triples = zip(steps, nus, slopes, strict=True)
+        ascended = tuple(nu + step * a.to(nu) for step, nu, a in triples)
+        moved = LowerPoint.of(after.multiplier, k)._replace(multipliers=ascended)
+        return after.but(multiplier=moved.row)
 
     def check(self, saved: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` if ``saved`` are the multipliers of other inequalities."""
@@ -286,7 +290,7 @@ class Restrictions:
     def extended(self, at: Pair) -> Pair:
         """(u, (v, z)), with z as leaves of the graphs to come."""
         self.lower.multipliers = tuple(z.detach().requires_grad_() for z in self.lower.multipliers)
-        return Pair(at.upper, at.lower + self.lower.multipliers)
+        return Pair(at.upper, LowerPoint(at.lower, self.lower.multipliers).row)
 
     # Checkpoints.
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..constraints import Faces
 from ..evaluation import Evaluation
-from ..faces import Faces
 from ..linear_solve import Solution
 from ..tensors import (
     OptionalTensors,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from ..constraints import FacesOf, everywhere
 from ..curvature import Curvature, Loss
 from ..evaluation import Evaluation
-from ..faces import FacesOf, everywhere
 from ..multipliers import MultiplierRule
 from ..tensors import Pair, Tensors
 

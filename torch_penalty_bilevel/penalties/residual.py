@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..constraints import FacesOf, LowerPoint, everywhere
 from ..curvature import Linearised
 from ..evaluation import Evaluation
-from ..faces import FacesOf, everywhere
 from ..multipliers import DualState, MultiplierRule
 from ..tensors import (
     OptionalPair,
@@ -79,9 +79,8 @@ def evaluate_residual(
 
 def _curvature(adjoint: Tensors, product: Tensors, multipliers: int) -> Tensors:
     """Terms of <q, H q>, or with multipliers of the monotone form, in which their sign is minus."""
-    terms = dots(adjoint, product)
-    end = len(terms) - multipliers
-    return terms[:end] + tuple(-t for t in terms[end:])
+    terms = LowerPoint.of(dots(adjoint, product), multipliers)
+    return terms.parameters + tuple(-t for t in terms.multipliers)
 
 
 def _reduced(

@@ -10,20 +10,20 @@ start and stray outside. S is the loss's scale (``Losses.scales``), so that c f 
 At tau the multipliers over S are tau / s, so an active bound is missed by s = tau / multiplier and
 a bound with a zero multiplier by about sqrt(tau); ``active_set`` makes up for that.
 
-A simplex is parametrised by x = 1/n + N z with N an orthonormal basis of the vectors that sum to
-zero, so that its equation always holds.
+A set in a plane (``Simplex``) offers coordinates in which its equation always holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..constraints import Inequality, Projection
 from .losses import PureLoss, Values
 
 
@@ -38,8 +38,8 @@ class Restriction:
 
     def __init__(self, name: str, constraints: Any, index: int) -> None:
         found = as_list(constraints)
-        self._simplex = any(type(c).__name__ == "Simplex" for c in found)
         self._parts = [_values(name, c, index) for c in found]
+        self._sets: list[Projection] = [c for c in found if not isinstance(c, Inequality)]
 
     def __bool__(self) -> bool:
         return bool(self._parts)
@@ -50,15 +50,21 @@ class Restriction:
 
     def inside(self, tree: Any) -> Any:
         """From the free variables to the user's."""
-        return pytree.tree_map(_on_simplex, tree) if self._simplex else tree
+        for each in self._sets:
+            tree = pytree.tree_map(each.inside, tree)
+        return tree
 
     def free(self, tree: Any) -> Any:
         """From the user's variables to the free ones."""
-        return pytree.tree_map(_off_simplex, tree) if self._simplex else tree
+        for each in self._sets[::-1]:
+            tree = pytree.tree_map(each.free, tree)
+        return tree
 
     def direction(self, tree: Any) -> Any:
         """A vector of the free space in the user's."""
-        return pytree.tree_map(lambda z: z @ _basis(z, 1).T, tree) if self._simplex else tree
+        for each in self._sets:
+            tree = pytree.tree_map(each.direction, tree)
+        return tree
 
 
 def as_list(constraints: Any) -> list[Any]:
@@ -69,48 +75,19 @@ def as_list(constraints: Any) -> list[Any]:
 
 
 def _values(name: str, constraint: Any, index: int) -> Values:
-    """H(u, v) of a constraint object, by the attributes of its class."""
-    if hasattr(constraint, "closure"):
+    """H(u, v) of a constraint."""
+    if isinstance(constraint, Inequality):
         return lambda u, v: constraint.closure(u, v).reshape(-1)
-    if hasattr(constraint, "low") and hasattr(constraint, "high"):
-        each: Callable[[Tensor], Tensor] = lambda x: _box(x, constraint.low, constraint.high)  # noqa: E731
-    elif hasattr(constraint, "radius"):
-        each = lambda x: _ball(x, constraint.radius, getattr(constraint, "rows", False))  # noqa: E731
-    elif type(constraint).__name__ == "Simplex":
-        each = lambda x: -x.reshape(-1)  # noqa: E731
-    else:
+    needed = ("values", "inside", "free", "direction")
+    if isinstance(constraint, type) or any(not hasattr(constraint, m) for m in needed):
         raise TypeError(
             f"{name} must be Box, NonNegative, Simplex, Ball or Inequality, or a list of them, got "
-            f"{constraint!r}"
+            f"{constraint!r}; a set of your own subclasses constraints.Projection and offers "
+            "values(x) <= 0"
         )
-    return lambda *levels: torch.cat([each(x) for x in pytree.tree_leaves(levels[index])])
-
-
-def _box(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    low, high = low.to(x).expand_as(x), high.to(x).expand_as(x)
-    return torch.cat([(low - x)[low.isfinite()], (x - high)[high.isfinite()]])
-
-
-def _ball(x: Tensor, radius: float, rows: bool) -> Tensor:
-    squares = x.square().flatten(1).sum(1) if rows else x.square().sum().reshape(1)
-    return (squares - radius**2) / (2 * radius)
-
-
-def _basis(like: Tensor, added: int = 0) -> Tensor:
-    """N: n x (n - 1), orthonormal, columns sum to zero; n is the last dimension plus ``added``."""
-    n = like.shape[-1] + added
-    rows = torch.eye(n, dtype=torch.float64) - 1 / n
-    return torch.linalg.qr(rows[:, : n - 1]).Q.to(like)
-
-
-def _on_simplex(z: Tensor) -> Tensor:
-    return z @ _basis(z, 1).T + 1 / (z.shape[-1] + 1)
-
-
-def _off_simplex(x: Tensor) -> Tensor:
-    if x.dim() == 0 or x.shape[-1] < 2:
-        raise ValueError(f"Simplex needs at least two entries per row, got shape {tuple(x.shape)}")
-    return (x - 1 / x.shape[-1]) @ _basis(x)
+    return lambda *levels: torch.cat(
+        [constraint.values(x) for x in pytree.tree_leaves(levels[index])]
+    )
 
 
 def substituted(function: Any, upper: Restriction, lower: Restriction) -> Any:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .tensors import OptionalTensors, Tensors, clones
+from ..tensors import OptionalTensors, Tensors, clones
 
 Retract: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(before, after) -> the point of the face that a step from ``before`` to ``after`` ends at."""
