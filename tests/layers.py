@@ -28,7 +28,7 @@ LAYERS = {
     "evaluation": {"constraints", "errors", "tensors"},
     "metrics": {"evaluation"},
     "multipliers": {"checkpoint", "choices", "errors", "evaluation", "moments", "tensors"},
-    "repeats": {"errors"},
+    "repeats": {"errors", "tensors"},
     "curvature": {
         "choices",
         "errors",

@@ -132,8 +132,8 @@ def test_a_raising_closure_leaves_everything_untouched(penalty, lower_steps, war
 
 def tracked(task):
     own = task.optimizer._own_state()
-    moments = [torch.as_tensor(x).clone() for m in own["moments"] for x in m.values()]
-    return [t.clone() for t in own["tracker"]] + moments
+    moments = [torch.as_tensor(x).clone() for m in own.get("moments", []) for x in m.values()]
+    return [t.clone() for t in own.get("tracker", [])] + moments
 
 
 def assert_same(before, after):

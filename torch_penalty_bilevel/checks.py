@@ -87,10 +87,14 @@ class DependenceWatch:
 
         Warns, once of each, of lower parameters that g does not use. Raises what
         ``check_dependence`` does. Returns losses for the evaluation at the same point, which need
-        not call the closures again for what was seen.
+        not call the closures again for what was seen, and say that they are new.
         """
+        if scope.is_new and scope.has_searched:  # in mid run: another problem, another graph
+            self.due = True
+            engine.renew()
         if not self.due and not scope.is_new:
             return losses
+        losses = losses._replace(are_new=True)
         seen = FirstLook(losses, at, engine) if self.due else None
         with scope.searching():
             if seen:

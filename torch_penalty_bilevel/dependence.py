@@ -61,7 +61,7 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     differences = engine.takes_differences
     responds = [False] * len(at.upper)
     if differences:
-        responds = _responds(watched, at, engine).upper
+        responds = _responds(watched, at, engine.in_use).upper
         if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
             return Dependence(in_upper_loss, responds, in_lower_loss)
     random = RandomState(p.device for p in (*at.upper, *at.lower))

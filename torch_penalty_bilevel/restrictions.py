@@ -160,8 +160,7 @@ class Restriction:
         self, rule: MultiplierRule, before: DualState, after: DualState, evaluation: Evaluation
     ) -> DualState:
         """Move z along its residual, and in ``after`` the z part of nu along its own."""
-        k = len(self.multipliers)
-        if k == 0:
+        if not (k := len(self.multipliers)):
             return after
         residual = LowerPoint.of(evaluation.residual, k).multipliers
         triples = zip(self.inequalities, self.multipliers, residual, strict=True)
@@ -174,8 +173,8 @@ class Restriction:
         slopes = LowerPoint.of(evaluation.adjoint_residual, k).multipliers
         triples = zip(steps, nus, slopes, strict=True)
         ascended = tuple(nu + step * a.to(nu) for step, nu, a in triples)
-        moved = LowerPoint.of(after.multiplier, k)._replace(multipliers=ascended)
-        return after.but(multiplier=moved.row)
+        v = LowerPoint.of(after.multiplier, k).parameters
+        return after.but(multiplier=LowerPoint(v, ascended).row)
 
     def check(self, saved: Sequence[Tensor]) -> None:
         """Raise ``ValueError`` if ``saved`` are the multipliers of other inequalities."""

@@ -35,6 +35,8 @@ class Scope:
         self.searches = False
         self.is_new = True
         """Do the closures of this step come from lines of code that no search has seen?"""
+        self.has_searched = False
+        """Has this object seen any closures? A copy has not, whatever the original knew."""
         self.compiled = False
         """Did the last search meet code that is compiled at other times?"""
         self.written: dict[str, None] = {}
@@ -64,7 +66,7 @@ class Scope:
         try:
             with _UNCOMPILED:
                 yield
-            self.is_new = False
+            self.is_new, self.has_searched = False, True
         except BaseException:
             for code in set(self._found) - before:  # its next evaluation searches again
                 del self._found[code]

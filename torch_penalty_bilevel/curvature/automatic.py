@@ -17,7 +17,7 @@ from . import evidence
 from .alarm import Alarm
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference
-from .inspection import Seen, warn, with_plain_attention
+from .inspection import UNSTEADY, Seen, warn, with_plain_attention
 from .protocol import Curvature, Linearised, Loss, Map
 
 _log = logging.getLogger(__name__)
@@ -62,15 +62,19 @@ class Automatic(Curvature):
 
     def __init__(self, weighs_costs: bool = False) -> None:
         self._exact = DoubleBackward()
+        self._weighs_costs, self._evaluations = weighs_costs, 0
+        self.renew()
+
+    def renew(self) -> None:
+        self._exact.renew()
         self.current: Curvature = self._exact
         self.reason = "no product has been taken yet"
-        self._weighs_costs = weighs_costs
         self._works = False  # has double backward been through once?
         self._plain_attention = False
         self._looks = True
         self._unsteady = False  # was it said?
-        self._evaluations = 0
-        self._next_look = self._gap = self._FIRST
+        self._gap = self._FIRST
+        self._next_look = self._evaluations + self._gap
         self._alarm = Alarm()
 
     @property
@@ -303,8 +307,4 @@ class Automatic(Curvature):
     def _judge(self, spread: float) -> None:
         if spread > _STEADY and not self._unsteady:
             self._unsteady = True
-            warn(
-                "finite differences are in use because they must be, and products with "
-                f"neighbouring steps differ by {spread:.1g} of their size: kinks (ReLU, max) or "
-                "rounding make the hypergradient unreliable. "
-            )
+            warn(UNSTEADY.format(spread=spread))

@@ -173,6 +173,9 @@ class DoubleBackward(Curvature):
     name = "double_backward"
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
         # Walking a large graph takes milliseconds, so each loss is looked through once.
         self._inspected_upper = self._inspected = False
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import graph
 from ..in_place import restored
 from ..randomness import RandomState
-from ..repeats import check_repeats
+from ..repeats import check_gradient_repeats
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, scale
 from .double_backward import first_order
 from .protocol import Curvature, Linearised, Loss
@@ -69,6 +69,9 @@ class FiniteDifference(Curvature):
         self.relative_step = relative_step
         self.central = central
         self._is_central = bool(central)
+        self.renew()
+
+    def renew(self) -> None:
         # Looking through a graph and calling a closure twice is done once.
         self._inspected_upper = self._closure_repeats = False
         self._computed_in: torch.dtype | None = None
@@ -92,7 +95,10 @@ class FiniteDifference(Curvature):
         looked_at = loss if self._closure_repeats else self._looking(loss)
         value, here = first_order(looked_at, at, inspect=not self._closure_repeats)
         if not self._closure_repeats:
-            self._check_repeats(loss, at, value, random)
+            with random.replayed():
+                again = first_order(loss, at, inspect=False)
+            check_gradient_repeats((value, here), again, _NEEDS_REPETITION)
+            self._closure_repeats = True
         step, central = self._step_for((*at.lower, *self._stand_in(at.lower)))
         radius = step * _positive_or_one(norm([v.detach() for v in at.lower]))
 
@@ -135,12 +141,6 @@ class FiniteDifference(Curvature):
         central = _is_central(lower) if self.central is None else self.central
         self._is_central = central
         return self.relative_step or default_step(lower, central), central
-
-    def _check_repeats(self, loss: Loss, at: Pair, value: Tensor, random: RandomState) -> None:
-        with random.replayed():
-            again = loss(at.upper, at.lower).detach()
-        check_repeats(value, again, _NEEDS_REPETITION)
-        self._closure_repeats = True
 
 
 def default_step(lower: Tensors, central: bool | None = None) -> float:

@@ -40,6 +40,13 @@ class Seen:
         return noted
 
 
+UNSTEADY = (
+    "finite differences are in use because they must be, and products with neighbouring steps "
+    "differ by {spread:.1g} of their size: kinks (ReLU, max) or rounding make the hypergradient "
+    "unreliable"
+)
+
+
 def with_plain_attention(loss: Loss) -> Loss:
     """``loss`` with softmax(Q K' / sqrt(d)) V written out, which can be differentiated twice."""
 

@@ -80,6 +80,9 @@ class Curvature(Protocol):
         """A copy that takes differences only where it must, for systems that are solved."""
         return copy.deepcopy(self)
 
+    def renew(self) -> None:
+        """Hear that the losses are others: what was looked at once is to be looked at again."""
+
     def observe(self, adjoint_residual: float, slope: float) -> None:
         """Hear what came of the products of a step: ||grad_v f + H q|| and ||grad_v f||."""
 

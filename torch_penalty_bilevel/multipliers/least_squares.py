@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..evaluation import Evaluation, Norms
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
+from .averages import average, ratio
 from .protocol import MultiplierRule
 from .state import DIRECTION, DualState, along
 from .watch import Watch
@@ -177,7 +178,7 @@ class LeastSquares(MultiplierRule):
     def _descended(self, state: LeastSquaresState, adjoint_residual: Tensors) -> Tensors:
         """Nu - (a + mu nu) / (L + mu)."""
         multiplier, shift = state.multiplier, self.shift(state) + 2.0 * state.indefinite
-        step = _ratio(1.0, state.curvature + shift)
+        step = ratio(1.0, state.curvature + shift)
         if shift > 0:
             multiplier = scale(multiplier, 1.0 - shift * step)
         return axpy(-step, adjoint_residual, multiplier)
@@ -189,27 +190,27 @@ class LeastSquares(MultiplierRule):
         watch = state.watch.seen(norms, state.steps)
         probed = norms.probe_product if evaluation.probe_product else state.probed
         curvature = self._bound(state, norms, probed)
-        residual_square = _average(state.residual_square, norms.residual**2, self._AVERAGE_MEMORY)
+        residual_square = average(state.residual_square, norms.residual**2, self._AVERAGE_MEMORY)
         faded = state.length * state.steps / (state.steps + 1)
-        length = max(_ratio(math.sqrt(residual_square), curvature), faded)
+        length = max(ratio(math.sqrt(residual_square), curvature), faded)
         brief = self._INDEFINITE_AVERAGE_MEMORY
-        signed = _average(state.signed_curvature, norms.curvature, brief)
-        square = _average(state.multiplier_square, norms.adjoint**2, brief)
+        signed = average(state.signed_curvature, norms.curvature, brief)
+        square = average(state.multiplier_square, norms.adjoint**2, brief)
         return state.but(
-            pull=self.share * curvature * _ratio(length, _slope(watch, norms)),
+            pull=self.share * curvature * ratio(length, _slope(watch, norms)),
             curvature=curvature,
             probed=probed,
             residual_square=residual_square,
             length=length,
             signed_curvature=signed,
             multiplier_square=square,
-            indefinite=max(self._INDEFINITE_MEMORY * state.indefinite, _ratio(-signed, square)),
+            indefinite=max(self._INDEFINITE_MEMORY * state.indefinite, ratio(-signed, square)),
             watch=watch.looked_at(norms, state.steps),
         )
 
     def _bound(self, state: LeastSquaresState, norms: Norms, probed: float) -> float:
         """L."""
-        seen = max(_ratio(norms.product, norms.adjoint), norms.probe_product)
+        seen = max(ratio(norms.product, norms.adjoint), norms.probe_product)
         memory = self._CURVATURE_MEMORY
         if not _is_backed(state):
             memory = self._UNBACKED_MEMORY if probed > 0 else 1.0
@@ -227,15 +228,6 @@ def _is_backed(state: LeastSquaresState) -> bool:
     return 0 < state.probed >= 0.1 * state.curvature
 
 
-def _average(old: float, new: float, memory: float) -> float:
-    return memory * old + (1 - memory) * new
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    """Numerator / denominator, and 0 where the denominator is 0."""
-    return numerator / denominator if denominator > 0 else 0.0
-
-
 def _unit(tensors: Tensors) -> Tensors:
     """``tensors`` at length 1; zero stays zero."""
-    return scale(tensors, _ratio(1.0, float(norm(tensors))))
+    return scale(tensors, ratio(1.0, float(norm(tensors))))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import BilevelWarning
 from ..evaluation import Norms
+from .averages import average
 
 SUSPICIOUS = 10.0
 """The ratio from which a multiplier that moves in every step is reported."""
@@ -47,8 +48,8 @@ class Watch:
 
     def seen(self, norms: Norms, steps: int) -> Watch:
         """After one more evaluation, the ``steps``-th from 0."""
-        adjoint = _average(self.adjoint_square, norms.adjoint_residual)
-        slope = _average(self.slope_square, norms.slope)
+        adjoint = average(self.adjoint_square, norms.adjoint_residual**2, _MEMORY)
+        slope = average(self.slope_square, norms.slope**2, _MEMORY)
         faded = self.slope * (steps + _PATIENCE) / (steps + _PATIENCE + 1)
         held = max(math.sqrt(slope), faded)
         return Watch(adjoint, slope, held, self.warned, self.restarts)
@@ -93,10 +94,6 @@ class Watch:
 
     def _matters(self, norms: Norms) -> bool:
         return norms.slope > 0 and math.sqrt(self.adjoint_square) > _NEGLIGIBLE * self.slope
-
-
-def _average(old: float, length: float) -> float:
-    return _MEMORY * old + (1 - _MEMORY) * length**2
 
 
 def _warn(message: str) -> None:

@@ -33,6 +33,8 @@ class Losses(NamedTuple):
     """h of each upper inequality: (upper, lower) -> a tensor of any shape."""
     lower_values: tuple[Loss, ...] = ()
     """h of each lower inequality."""
+    are_new: bool = False
+    """Has nothing been evaluated through these lines of code before?"""
 
 
 class Penalty(Protocol):

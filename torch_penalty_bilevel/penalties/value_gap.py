@@ -13,8 +13,9 @@ from ..evaluation import Evaluation, Norms
 from ..in_place import replaced
 from ..moments import Moments
 from ..multipliers import MEMORY, POINT, DualState, Move, MultiplierRule, Watch, along
+from ..multipliers.averages import average, ratio
 from ..randomness import RandomState
-from ..repeats import check_repeats
+from ..repeats import check_gradient_repeats
 from ..tensors import (
     OptionalPair,
     OptionalTensors,
@@ -180,8 +181,12 @@ class ValueGap(MultiplierRule):
         value, here = curvature.gradient(losses.lower, at)
         with random.replayed():
             value_there, there = _gradient_at(losses.lower, at, tracker, curvature)
-        if state.steps == 0:  # z = v
-            check_repeats(value, value_there, _NEEDS_REPETITION)
+        if losses.are_new:
+            again = value_there, there
+            if state.steps > 0:  # else z = v
+                with random.replayed():
+                    again = curvature.gradient(losses.lower, at)
+            check_gradient_repeats((value, here), again, _NEEDS_REPETITION)
         difference = OptionalPair(_minus(here.upper, there.upper), ())
         upper = tuple(
             sum_of_present(f, None if d is None else weight * d)
@@ -226,7 +231,7 @@ class ValueGap(MultiplierRule):
         # grad_v f / gamma. With grad_v g = 0 so far nothing says how small f is: a step that any
         # later one outweighs, and that shows the curvature.
         weight = seen.weight
-        share = 1.0 / weight if weight > 0 else _ratio(eps**0.25 * (1 + norms.tracker), norms.slope)
+        share = 1.0 / weight if weight > 0 else ratio(eps**0.25 * (1 + norms.tracker), norms.slope)
         slope = axpy(
             -state.weight,
             axpy(-1.0, evaluation.tracker_residual, evaluation.residual),
@@ -245,39 +250,33 @@ class ValueGap(MultiplierRule):
         """The numbers after one more evaluation; ``eps`` is the rounding error of v."""
         watch = state.watch.seen(norms, state.steps)
         watch = watch.looked_at(norms, state.steps, self._SUSPICIOUS, self._PATIENCE)
-        memory = self._AVERAGE_MEMORY
-        residual = memory * state.residual_square + (1 - memory) * norms.residual**2
+        residual = average(state.residual_square, norms.residual**2, self._AVERAGE_MEMORY)
         new = state.but(watch=watch, residual_square=residual)
         weight = self.weight
         if self.relative:
             new = self._scaled(new, norms, math.sqrt(eps))
             if new.curvature > 0:
-                weight *= _ratio(new.slope_scale, new.curvature * new.length)
+                weight *= ratio(new.slope_scale, new.curvature * new.length)
             else:
-                weight *= _ratio(norms.slope, norms.residual)
+                weight *= ratio(norms.slope, norms.residual)
         weight *= 1.0 + self.growth * state.steps
         return new.but(weight=weight or state.weight)
 
     def _scaled(self, old: ValueGapState, norms: Norms, rounding: float) -> ValueGapState:
         """L, D and S."""
-        apart = _ratio(norms.adjoint, old.weight)
+        apart = ratio(norms.adjoint, old.weight)
         curvature = old.curvature
         exact = 0.01 * math.sqrt(rounding) * norms.tracker  # differences over less are rounding
         if apart > exact and norms.product > 0:
             now = norms.product / norms.adjoint
             curvature = max(self._CURVATURE_MEMORY * curvature, now)
         fade = (old.steps / (old.steps + 1)) ** self._FADING
-        length = _ratio(max(math.sqrt(old.residual_square), norms.residual), curvature)
+        length = ratio(max(math.sqrt(old.residual_square), norms.residual), curvature)
         if curvature > 0:
             floor = max(rounding, 0.1 * (1 + old.steps / self._EARLY) ** -self._FADING)
             length = max(length, fade * old.length, floor * norms.tracker)
         slope = max(math.sqrt(old.watch.slope_square), norms.slope, fade * old.slope_scale)
         return old.but(curvature=curvature, length=length, slope_scale=slope)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    """Numerator / denominator, and 0 where the denominator is 0."""
-    return numerator / denominator if denominator > 0 else 0.0
 
 
 def _tracker(state: ValueGapState, at: Pair) -> Tensors:
