@@ -120,6 +120,7 @@ LAYERS = {
     },
     "implicit": {"curvature", "linear_solve", "penalties", "tensors"},
     "report": set(),
+    "resolved_slopes": {"implicit", "linear_solve", "report", "tensors"},
     "diagnosis": {"report"},
     "self_check": {
         "checks",
@@ -134,6 +135,7 @@ LAYERS = {
         "penalties",
         "randomness",
         "report",
+        "resolved_slopes",
         "tensors",
     },
     "solve": {"constraints", "curvature", "errors", "graph", "linear_solve", "pytrees"},

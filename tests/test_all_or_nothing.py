@@ -44,8 +44,8 @@ def test_a_raising_closure_leaves_everything_untouched(lower_steps, curvature, p
     evaluations = lower_steps + (penalty == "paper")
     products = evaluations * (2 if penalty == "stationarity" else 1)  # with a probe in each
     # The first step sees what depends on what: from the same evaluation, or by a difference of g.
-    # The first step with other lines of code looks for the modules they use.
-    once = 2 if warm else 5 * differences
+    # The first step with other lines of code looks for the modules they use, and whether g repeats.
+    once = 2 + differences if warm else 5 * differences
     assert calls == 2 * evaluations + 2 * differences * products + once
 
 

@@ -1,5 +1,7 @@
 """check_hypergradient: numbers and slopes against dense oracles, in every engine and dtype."""
 
+import math
+
 import pytest
 import torch
 from checking import ENGINES, leaf, names, warm
@@ -209,3 +211,27 @@ def test_solved_values_put_both_levels_back():
         assert error < 1e-12
         assert float(u.detach()) == 0.3
         assert float(v.detach()) == 0.4
+
+
+def test_slopes_of_entries_of_very_different_size():
+    """u = (1e4, .3), v* = (1e-4 u_1, sin(3 u_2)): a step made for the first entry would cross
+    several periods of the sine. df/du_2 = 3 cos(.9) (sin(.9) - 2) by hand."""
+    u, v = torch.tensor([1e4, 0.3]).requires_grad_(), torch.zeros(2, requires_grad=True)
+    b = torch.tensor([1.0, 2.0])
+    optimizer = PenaltyBilevelOptimizer([u], torch.optim.SGD([v], lr=0.3), upper_lr=0.0)
+
+    def f():
+        return (v - b).square().sum() / 2
+
+    def g():
+        return (v - torch.stack([1e-4 * u[0], torch.sin(3 * u[1])])).square().sum() / 2
+
+    for _ in range(200):
+        optimizer.step(f, g)
+    report = optimizer.check_hypergradient(f, g)
+    true = 3 * math.cos(0.9) * (math.sin(0.9) - 2)
+    along = report.slopes[0]
+    assert along.direction == "the estimate"
+    assert along.resolved == pytest.approx(abs(true), rel=1e-3)
+    assert along.uncertainty < 1e-2
+    assert report.agrees

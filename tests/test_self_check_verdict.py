@@ -33,6 +33,7 @@ def report(entries=100, size=1.0, **changes):
         "products": 1,
         "solve_residual": 0.0,
         "solved": True,
+        "damping": 0.0,
         "slopes": (),
         "findings": (),
         "estimate": vector,
@@ -100,3 +101,13 @@ def test_the_multiplier_is_to_blame_unless_the_engines_differ(share, difference,
     changed = report(relative_error=0.5, adjoint_residual_norm=share, engine_difference=difference)
     assert ("multiplier" in found(changed)) == blamed
     assert found(changed, ridge_share=0.0).count("ridge") == 1
+
+
+def test_of_a_damped_reference_the_headline_says_so():
+    off = {"relative_error": 1.06, "damping": 0.01}
+    assert "damped by 0.01, which is not the exact one; damp less" in str(report(**off))
+    near = slope()
+    assert "the exact one; v re-solved agrees" in str(report(**off, slopes=near))
+    far = slope(resolved=3.0)
+    assert "DISAGREES" in str(report(**off, slopes=far))
+    assert "the estimate agrees with the exact one" in str(report(damping=0.01))

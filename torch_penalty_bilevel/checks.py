@@ -89,8 +89,7 @@ class DependenceWatch:
         ``check_dependence`` does. Returns losses for the evaluation at the same point, which need
         not call the closures again for what was seen, and say that they are new.
         """
-        if scope.is_new and scope.has_searched:  # in mid run: another problem, another graph
-            self.due = True
+        if scope.is_new and scope.has_searched:  # in mid run: another graph
             engine.renew()
         if not self.due and not scope.is_new:
             return losses

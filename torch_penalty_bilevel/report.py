@@ -102,6 +102,8 @@ class HypergradientReport:
     """||(H + lambda I) q + grad_v f|| / ||grad_v f|| of the exact solve."""
     solved: bool
     """The exact solve reached its tolerance."""
+    damping: float
+    """lambda of the exact solve; above 0 it is not quite exact."""
     slopes: tuple[Slope, ...]
     """Finite differences of the re-solved lower level; empty where it was not re-solved."""
     findings: tuple[Finding, ...]
@@ -142,6 +144,11 @@ class HypergradientReport:
     def _verdict(self) -> str:
         if math.isnan(self.relative_error):
             return "no verdict: the implicit hypergradient does not exist here"
+        if self.damping > 0 and not self._fits_formula and (not self.slopes or self._fits_slopes):
+            return (
+                f"the estimate differs from the solution damped by {self.damping:g}, which is not "
+                "the exact one; " + ("v re-solved agrees" if self.slopes else "damp less")
+            )
         if not self.slopes or self._fits_slopes == self._fits_formula:
             return f"the estimate {'agrees' if self.agrees else 'DISAGREES'} with the exact one"
         if self._fits_slopes:

@@ -22,8 +22,9 @@ from .linear_solve import conjugate_gradient, random_direction
 from .multipliers import DualState
 from .penalties import Losses, Penalty, Reduce
 from .randomness import RandomState
-from .report import HypergradientReport, Repeats, Slope
-from .tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm, scale
+from .report import HypergradientReport, Repeats
+from .resolved_slopes import slopes
+from .tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
 
 _MOST_UNKNOWNS_TO_RESOLVE = 2_000
 _MOST_PRODUCTS = 1_000
@@ -112,7 +113,8 @@ def _compare(subject: Subject, options: Options, repeats: Repeats) -> Hypergradi
         products=exact.solution.iterations,
         solve_residual=exact.solution.residual_norm / (norms.slope or 1.0),
         solved=exact.solution.converged,
-        slopes=_slopes(problem, estimate, exact) if _resolves(options, at, repeats) else (),
+        damping=options.damping,
+        slopes=slopes(problem, estimate, exact) if _resolves(options, at, repeats) else (),
         findings=(),
         estimate=estimate,
         exact=exact.hypergradient,
@@ -275,29 +277,3 @@ def _resolves(options: Options, at: Pair, repeats: Repeats) -> bool:
     accurate = coarsest_eps((*at.upper, *at.lower)) < 1e-6
     together = len({v.device for v in at.lower}) == 1
     return small and accurate and together and repeats != "no"
-
-
-def _slopes(problem: ImplicitProblem, estimate: Tensors, exact: Implicit) -> tuple[Slope, ...]:
-    """Solve the lower level here, then at u +- h d for two unit directions d."""
-    directions = {"a random direction": random_direction(problem.at.upper)}
-    length = float(norm(estimate))
-    if length > 0:
-        directions = {"the estimate": scale(estimate, 1.0 / length)} | directions
-    problem.solve_lower()
-    # h balances the error of the difference, h^2, and what the solver leaves, sqrt(eps) / h.
-    size = float(norm([u.detach() for u in problem.at.upper])) or 1.0
-    step = coarsest_eps((*problem.at.upper, *problem.at.lower)) ** 0.2 * size
-    found: list[Slope] = []
-    for name, direction in directions.items():
-        ahead, error_ahead = problem.solved_value(scale(direction, step))
-        behind, error_behind = problem.solved_value(scale(direction, -step))
-        found.append(
-            Slope(
-                direction=name,
-                estimate=float(dot(estimate, direction)),
-                exact=float(dot(exact.hypergradient, direction)),
-                resolved=(ahead - behind) / (2 * step),
-                uncertainty=float(norm(exact.adjoint)) * (error_ahead + error_behind) / (2 * step),
-            )
-        )
-    return tuple(found)
