@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from torch_penalty_bilevel import MinimizeResult, minimize, testing
 from torch_penalty_bilevel.constraints import Box, Inequality
-from torch_penalty_bilevel.solve import active_set
+from torch_penalty_bilevel.newton import active_set
 
 
 def lower_loss(problem: testing.Problem, u: Tensor, v: Tensor) -> Tensor:

@@ -35,12 +35,7 @@ from suite import lower_loss
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_penalty_bilevel import (
-    BilevelWarning,
-    NonFiniteError,
-    PenaltyBilevelOptimizer,
-    testing,
-)
+from torch_penalty_bilevel import BilevelWarning, NonFiniteError, PenaltyBilevelOptimizer, testing
 from torch_penalty_bilevel.constraints import Box, Inequality
 
 LOWER_STEPS = 5

@@ -12,10 +12,10 @@ from solving import generator, square, vector
 from torch import Tensor
 from torch.testing import assert_close
 
-from torch_penalty_bilevel.solve.active_set import ActiveSet, Corner, guess
-from torch_penalty_bilevel.solve.barrier import estimates
-from torch_penalty_bilevel.solve.least_squares import signed_least_squares
-from torch_penalty_bilevel.solve.losses import Losses
+from torch_penalty_bilevel.linear_solve.signed_least_squares import signed_least_squares
+from torch_penalty_bilevel.newton.active_set import ActiveSet, Corner, guess
+from torch_penalty_bilevel.newton.barrier import estimates
+from torch_penalty_bilevel.newton.counted_losses import Losses
 
 
 @pytest.mark.parametrize("seed", range(20))

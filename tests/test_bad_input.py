@@ -14,7 +14,7 @@ from torch_penalty_bilevel import (
     Stationarity,
     UnusedParameterError,
 )
-from torch_penalty_bilevel.checks import zeros_in_a_row
+from torch_penalty_bilevel.checks.suspicions import zeros_in_a_row
 
 
 def leaf(*shape):

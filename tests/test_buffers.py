@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from torch_penalty_bilevel.buffers import BufferGuard
-from torch_penalty_bilevel.scope import Scope
+from torch_penalty_bilevel.undo.buffers import BufferGuard
+from torch_penalty_bilevel.undo.scope import Scope
 
 X = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.float64)  # mean 2, 4
 MOVED = torch.tensor([0.2, 0.4], dtype=torch.float64)  # momentum 0.1 from zero

@@ -14,8 +14,8 @@ from torch_penalty_bilevel import (
     NondeterministicClosureError,
     PenaltyBilevelOptimizer,
 )
+from torch_penalty_bilevel.checks.first_look import FirstLook
 from torch_penalty_bilevel.curvature import DoubleBackward
-from torch_penalty_bilevel.first_look import FirstLook
 from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.tensors import Pair
 

@@ -11,16 +11,9 @@ import torch
 from choosing import Task, Zigzag, kinked, normalised, plain
 from torch import Tensor, nn
 
-from torch_penalty_bilevel import (
-    HypergradientOptimizer,
-    NonFiniteError,
-    PenaltyBilevelOptimizer,
-)
-from torch_penalty_bilevel.curvature import (
-    Automatic,
-    DoubleBackward,
-    evidence,
-)
+from torch_penalty_bilevel import HypergradientOptimizer, NonFiniteError, PenaltyBilevelOptimizer
+from torch_penalty_bilevel.curvature import Automatic, DoubleBackward
+from torch_penalty_bilevel.curvature import comparison as evidence
 from torch_penalty_bilevel.tensors import Pair
 
 FIRST, PERIOD = Automatic._FIRST, Automatic._PERIOD

@@ -11,9 +11,10 @@ from choosing import Task, Zigzag, normalised
 from torch import Tensor
 from torch.testing import assert_close
 
-from torch_penalty_bilevel.curvature import DoubleBackward, FiniteDifference, evidence
-from torch_penalty_bilevel.randomness import RandomState
+from torch_penalty_bilevel.curvature import DoubleBackward, FiniteDifference
+from torch_penalty_bilevel.curvature import comparison as evidence
 from torch_penalty_bilevel.tensors import OptionalPair, Pair
+from torch_penalty_bilevel.undo.random_state import RandomState
 
 
 def test_traffic_counts_what_operations_read_and_write() -> None:

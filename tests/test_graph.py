@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from torch_penalty_bilevel import graph
+from torch_penalty_bilevel.curvature import autograd_graph as graph
 
 
 def leaf(value: float = 1.0) -> torch.Tensor:

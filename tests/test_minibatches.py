@@ -8,12 +8,7 @@ problem, each drawing its own sample; the mean over chains estimates the expecta
 import pytest
 import torch
 
-from torch_penalty_bilevel import (
-    EpsilonTest,
-    LeastSquares,
-    PenaltyBilevelOptimizer,
-    Stationarity,
-)
+from torch_penalty_bilevel import EpsilonTest, LeastSquares, PenaltyBilevelOptimizer, Stationarity
 
 SAMPLES, UNKNOWNS, CHAINS = 6, 2, 256
 

@@ -23,14 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from torch_penalty_bilevel import (
-    MinimizeResult,
-    functional,
-    minimize,
-    testing,
-)
-from torch_penalty_bilevel.solve import hessian as hessian_module
-from torch_penalty_bilevel.solve.hessian import Spectral
+from torch_penalty_bilevel import MinimizeResult, functional, minimize, testing
+from torch_penalty_bilevel.newton import lower_hessian as hessian_module
+from torch_penalty_bilevel.newton.lower_hessian import Spectral
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from torch_penalty_bilevel import constraints, minimize, testing
-from torch_penalty_bilevel.solve import active_set
-from torch_penalty_bilevel.solve.barrier import barrier
+from torch_penalty_bilevel.newton import active_set
+from torch_penalty_bilevel.newton.barrier import barrier
 
 # Starts in the branch of the global solution.
 STARTS = {

@@ -17,16 +17,14 @@ from torch import Tensor
 from torch.func import grad, jacrev
 from torch.testing import assert_close
 
-from torch_penalty_bilevel import (
-    testing,
-)
+from torch_penalty_bilevel import testing
 from torch_penalty_bilevel.linear_solve import conjugate_residual, lanczos_lowest
-from torch_penalty_bilevel.solve import hessian as hessian_module
-from torch_penalty_bilevel.solve.hessian import Spectral
-from torch_penalty_bilevel.solve.losses import Losses
-from torch_penalty_bilevel.solve.lower import solve_lower
-from torch_penalty_bilevel.solve.reduced import ReducedHessian, linearise
-from torch_penalty_bilevel.solve.trust_region import steihaug
+from torch_penalty_bilevel.newton import lower_hessian as hessian_module
+from torch_penalty_bilevel.newton.counted_losses import Losses
+from torch_penalty_bilevel.newton.lower_hessian import Spectral
+from torch_penalty_bilevel.newton.lower_level import solve_lower
+from torch_penalty_bilevel.newton.manifold import ReducedHessian, linearise
+from torch_penalty_bilevel.newton.trust_region import steihaug
 
 
 def manifold_point(problem: testing.Problem) -> tuple[Losses, Any]:

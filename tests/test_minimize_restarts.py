@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from torch_penalty_bilevel import MinimizeResult, constraints, minimize, testing
-from torch_penalty_bilevel.solve.restarts import _draw
+from torch_penalty_bilevel.newton.restarts import _draw
 
 # Each has starts from which the local method ends elsewhere; mirrlees and mb_2007_14 have their
 # solution on a jump of the lower minimiser, where no descent ends.

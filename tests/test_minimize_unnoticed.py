@@ -14,13 +14,13 @@ from torch.testing import assert_close
 
 from torch_penalty_bilevel import MinimizeResult, minimize
 from torch_penalty_bilevel.constraints import Box
-from torch_penalty_bilevel.solve.active_set import ActiveSet
-from torch_penalty_bilevel.solve.hessian import Spectral
-from torch_penalty_bilevel.solve.least_squares import signed_least_squares
-from torch_penalty_bilevel.solve.losses import Losses
-from torch_penalty_bilevel.solve.lower import solve_lower
-from torch_penalty_bilevel.solve.restarts import Ended, Task, _best, _cut
-from torch_penalty_bilevel.solve.solver import Solver
+from torch_penalty_bilevel.linear_solve.signed_least_squares import signed_least_squares
+from torch_penalty_bilevel.newton.active_set import ActiveSet
+from torch_penalty_bilevel.newton.counted_losses import Losses
+from torch_penalty_bilevel.newton.lower_hessian import Spectral
+from torch_penalty_bilevel.newton.lower_level import solve_lower
+from torch_penalty_bilevel.newton.restarts import Ended, Task, _best, _cut
+from torch_penalty_bilevel.newton.run import Solver
 
 
 def lower_model(g: Any, v: Tensor) -> Any:

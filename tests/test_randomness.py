@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_penalty_bilevel.randomness import RandomState
+from torch_penalty_bilevel.undo.random_state import RandomState
 
 DRAWS = {
     "torch": lambda: torch.rand(3).tolist(),

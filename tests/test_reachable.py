@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_penalty_bilevel.reachable import code_of, reached_by
+from torch_penalty_bilevel.undo.reachable import code_of, reached_by
 
 NET = nn.Linear(2, 2)
 SHELF = types.SimpleNamespace(inner=types.SimpleNamespace(net=NET), other=nn.Linear(1, 1))

@@ -5,7 +5,7 @@ import torch
 from torch import optim
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
-from torch_penalty_bilevel.rows import step_touched_rows
+from torch_penalty_bilevel.levels.rows import step_touched_rows
 
 DECAY = {"lr": 0.01, "weight_decay": 0.1}
 BY_ENTRY = {

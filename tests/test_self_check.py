@@ -12,7 +12,7 @@ from tasks import Task
 from torch import nn
 
 from torch_penalty_bilevel import DoubleBackward, PenaltyBilevelOptimizer
-from torch_penalty_bilevel.implicit import ImplicitProblem
+from torch_penalty_bilevel.checks.exact import ImplicitProblem
 from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.tensors import Pair
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
-from torch_penalty_bilevel.aliasing import overlapping
+from torch_penalty_bilevel.levels.aliasing import overlapping
 
 KINDS = [PenaltyBilevelOptimizer, HypergradientOptimizer]
 

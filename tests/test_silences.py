@@ -15,9 +15,9 @@ from torch_penalty_bilevel import (
     HypergradientOptimizer,
     NonFiniteError,
     PenaltyBilevelOptimizer,
-    graph,
 )
 from torch_penalty_bilevel.curvature import Automatic, DoubleBackward, FiniteDifference
+from torch_penalty_bilevel.curvature import autograd_graph as graph
 from torch_penalty_bilevel.tensors import Pair, filled
 
 BOTH = [PenaltyBilevelOptimizer, HypergradientOptimizer]

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from torch_penalty_bilevel import tensors as T
-from torch_penalty_bilevel.moments import relocated
+from torch_penalty_bilevel.undo.rule_memory import relocated
 
 F64 = torch.float64
 A = (torch.tensor([3.0, 4.0], dtype=F64), torch.tensor([[12.0]], dtype=F64))

@@ -16,14 +16,14 @@ from torch_penalty_bilevel import (
     PenaltyBilevelOptimizer,
     Stationarity,
 )
+from torch_penalty_bilevel.checks.exact import ImplicitProblem, Linear, implicit_hypergradient
 from torch_penalty_bilevel.curvature import Automatic
 from torch_penalty_bilevel.evaluation import Norms
 from torch_penalty_bilevel.functional import hypergradient
-from torch_penalty_bilevel.implicit import ImplicitProblem, Linear, implicit_hypergradient
 from torch_penalty_bilevel.multipliers import Watch
 from torch_penalty_bilevel.penalties import Losses, one_worker
-from torch_penalty_bilevel.repeats import check_repeats
 from torch_penalty_bilevel.tensors import Pair
+from torch_penalty_bilevel.undo.repeats import check_repeats
 
 
 def leaf(*values):

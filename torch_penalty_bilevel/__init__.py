@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import constraints as constraints
 from . import functional as functional
+from .checks.report import HypergradientReport as HypergradientReport
 from .curvature import DoubleBackward as DoubleBackward
 from .curvature import FiniteDifference as FiniteDifference
 from .errors import BilevelError as BilevelError
@@ -12,17 +13,16 @@ from .errors import DoubleBackwardError as DoubleBackwardError
 from .errors import NondeterministicClosureError as NondeterministicClosureError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import UnusedParameterError as UnusedParameterError
-from .hypergradient_optimizer import HypergradientOptimizer as HypergradientOptimizer
 from .metrics import Metrics as Metrics
 from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
-from .optimizer import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
+from .newton import MinimizeResult as MinimizeResult
+from .newton import minimize as minimize
+from .optimizers.hypergradient import HypergradientOptimizer as HypergradientOptimizer
+from .optimizers.penalty import PenaltyBilevelOptimizer as PenaltyBilevelOptimizer
 from .penalties import FixedPoint as FixedPoint
 from .penalties import Stationarity as Stationarity
 from .penalties import ValueGap as ValueGap
-from .report import HypergradientReport as HypergradientReport
-from .solve import MinimizeResult as MinimizeResult
-from .solve import minimize as minimize
 
 __version__ = "0.1.0"
 

@@ -74,6 +74,13 @@ def placed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
     return tuple(t.detach().clone().to(s.device, s.dtype) for t, s in pairs)
 
 
+def check_like(name: str, saved: Sequence[Tensor], here: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` unless ``saved`` has the shapes of what it would replace."""
+    theirs, own = [tuple(t.shape) for t in saved], [tuple(t.shape) for t in here]
+    if theirs != own:
+        raise ValueError(f"the checkpoint's {name} has shapes {theirs}, expected {own}")
+
+
 def filled(gradients: OptionalTensors, parameters: Tensors) -> Tensors:
     """``gradients`` with a zero tensor in the place of each None."""
     return tuple(

@@ -21,7 +21,9 @@ import problems
 import torch
 from tqdm import tqdm
 
-from torch_penalty_bilevel import PenaltyBilevelOptimizer, buffers, rows, transaction
+from torch_penalty_bilevel import PenaltyBilevelOptimizer
+from torch_penalty_bilevel.levels import rows
+from torch_penalty_bilevel.undo import buffers, transaction
 
 Parts = tuple[tuple[Any, str, Any], ...]
 

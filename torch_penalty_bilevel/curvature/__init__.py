@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..choices import chosen
+from ..arguments import chosen
 from .automatic import Automatic as Automatic
 from .double_backward import DoubleBackward as DoubleBackward
 from .finite_difference import FiniteDifference as FiniteDifference
@@ -13,7 +13,7 @@ from .protocol import Linearised as Linearised
 from .protocol import Loss as Loss
 from .protocol import Map as Map
 from .protocol import MapCurvature as MapCurvature
-from .vector_jacobian import VectorJacobian as VectorJacobian
+from .torch_func import VectorJacobian as VectorJacobian
 
 _BY_NAME: dict[str, Callable[[], Curvature]] = {
     engine.name: engine for engine in (Automatic, DoubleBackward, FiniteDifference, VectorJacobian)

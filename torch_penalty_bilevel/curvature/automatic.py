@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import graph
 from ..errors import DoubleBackwardError, NondeterministicClosureError
-from ..randomness import RandomState
 from ..tensors import OptionalPair, Pair, Tensors, norm
-from . import evidence
+from ..undo.random_state import RandomState
+from . import autograd_graph as graph
+from . import comparison as evidence
 from .alarm import Alarm
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference

@@ -9,9 +9,9 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from .. import graph
 from ..errors import BilevelError, DoubleBackwardError
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm
+from . import autograd_graph as graph
 from .protocol import Curvature, Linearised, Loss, Map
 
 _REMEDY = (

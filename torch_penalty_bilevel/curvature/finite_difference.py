@@ -8,11 +8,11 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from .. import graph
-from ..in_place import restored
-from ..randomness import RandomState
-from ..repeats import check_gradient_repeats
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, scale
+from ..undo.in_place import restored
+from ..undo.random_state import RandomState
+from ..undo.repeats import check_gradient_repeats
+from . import autograd_graph as graph
 from .double_backward import first_order
 from .protocol import Curvature, Linearised, Loss
 

@@ -7,10 +7,10 @@ import warnings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import graph
 from ..errors import BilevelWarning, DoubleBackwardError
-from ..process_wide import ProcessWide
 from ..tensors import Tensors
+from ..undo.process_wide import ProcessWide
+from . import autograd_graph as graph
 from .protocol import Loss
 
 _PLAIN_ATTENTION = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))

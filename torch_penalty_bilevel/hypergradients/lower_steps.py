@@ -6,9 +6,9 @@ import torch
 from torch.optim import Optimizer
 
 from ..levels import give, parameters
-from ..randomness import RandomState
-from ..rules import step_without_decay
+from ..levels.rules import step_without_decay
 from ..tensors import Tensors, clones
+from ..undo.random_state import RandomState
 from .problem import Problem
 from .unrolled import Visit
 

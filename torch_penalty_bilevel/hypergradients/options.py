@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from ..checks import check_count
+from ..arguments import check_count
 from ..linear_solve import MakeOptimizer
 from ..tensors import Tensors
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..curvature import Curvature, Linearised, MapCurvature
 from ..errors import NonFiniteError
-from ..in_place import replaced
 from ..penalties import Losses, Reduce, one_worker
 from ..tensors import OptionalTensors, Pair, Tensors, cast_like, dense, filled, norms
+from ..undo.in_place import replaced
 
 
 class Upper(NamedTuple):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..randomness import RandomState
-from ..repeats import check_repeats
 from ..tensors import OptionalTensors, Tensors, add, cast_like, clones, scale, sum_of_optional
+from ..undo.random_state import RandomState
+from ..undo.repeats import check_repeats
 from .problem import Problem
 
 _NEEDS_REPETITION = (

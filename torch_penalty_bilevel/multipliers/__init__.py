@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..choices import chosen
-from .epsilon_test import EpsilonTest
+from ..arguments import chosen
 from .least_squares import LeastSquares
 from .protocol import Move, MultiplierRule
+from .published import EpsilonTest
 from .state import DIRECTION, MEMORY, POINT, ZEROS, DualState, along
 from .watch import Watch
 

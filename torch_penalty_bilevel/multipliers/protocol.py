@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from ..evaluation import Evaluation, Norms
-from ..moments import Moments
 from ..tensors import Tensors
+from ..undo.rule_memory import Moments
 from .state import DualState
 
 Move: TypeAlias = Callable[

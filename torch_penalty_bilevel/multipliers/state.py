@@ -22,9 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..moments import copied, relocated
-from ..tensors import Tensors
+from ..tensors import Tensors, check_like
+from ..undo.rule_memory import copied, relocated
 
 State = TypeVar("State", bound="DualState")
 Entries = tuple[Any, ...]
@@ -198,7 +197,7 @@ class DualState:
 
     def check(self, saved: dict[str, Any]) -> None:
         """Raise ValueError if ``saved`` cannot replace this state."""
-        checkpoint.check_like("multiplier", saved["multiplier"], self.multiplier)
+        check_like("multiplier", saved["multiplier"], self.multiplier)
         known = _fields(type(self)).numbers.keys()
         # Of an earlier version: what it lacks starts anew, what is no longer kept is dropped.
         if saved["scalars"].keys() - known - _RETIRED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..choices import chosen
+from ..arguments import chosen
 from ..curvature import Curvature, MapCurvature
 from .fixed_point import FixedPoint as FixedPoint
 from .fixed_point import refusal

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from ..curvature import Curvature, Loss
 from ..evaluation import Evaluation, Norms
-from ..in_place import replaced
-from ..moments import Moments
 from ..multipliers import MEMORY, POINT, DualState, Move, MultiplierRule, Watch, along
 from ..multipliers.averages import average, ratio
-from ..randomness import RandomState
-from ..repeats import check_gradient_repeats
 from ..tensors import (
     OptionalPair,
     OptionalTensors,
@@ -30,6 +26,10 @@ from ..tensors import (
     scale,
     sum_of_present,
 )
+from ..undo.in_place import replaced
+from ..undo.random_state import RandomState
+from ..undo.repeats import check_gradient_repeats
+from ..undo.rule_memory import Moments
 from .protocol import Losses, Reduce
 
 _NEEDS_REPETITION = (

@@ -1,0 +1,1 @@
+"""Is it right? What losses depend on, suspicions in a run, and the self-check."""

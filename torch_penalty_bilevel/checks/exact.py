@@ -1,0 +1,209 @@
+"""The implicit hypergradient of two losses at a point, and of the lower level solved from there.
+
+Slow and exact: for checks, not for steps. Letters: r = grad_v g, H = d2g/dv2, J = d2g/du dv.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..curvature import Curvature
+from ..linear_solve import Solution, conjugate_gradient, least_squares
+from ..penalties import Losses, Reduce
+from ..tensors import (
+    OptionalTensors,
+    Pair,
+    Tensors,
+    add,
+    axpy,
+    cast_like,
+    clones,
+    coarsest_eps,
+    dense,
+    filled,
+    norm,
+    scale,
+)
+
+
+class Linear(NamedTuple):
+    """f and g to the order that the implicit function theorem needs, averaged over workers."""
+
+    direct: Pair
+    """(grad_u f, grad_v f)."""
+    residual: Tensors
+    """r."""
+    product: Callable[[Tensors], Pair]
+    """q -> (J q, H q)."""
+
+
+class ImplicitProblem:
+    """Losses at the leaves ``at``, differentiated by ``engine``.
+
+    Args:
+        losses: f and g.
+        at: leaves that require grad. ``solve_lower`` moves ``at.lower`` in place.
+        engine: second-order products.
+        reduce: averages a tuple of tensors over the workers.
+    """
+
+    def __init__(self, losses: Losses, at: Pair, engine: Curvature, reduce: Reduce) -> None:
+        self.losses, self.at, self.engine, self.reduce = losses, at, engine, reduce
+        # Which engine "auto" ends with shows at its first product: before any is counted on.
+        if engine.falls_back and not engine.takes_differences:
+            linearised = engine.linearise(losses.lower, at)
+            linearised.product(cast_like(linearised.residual, at.lower))
+
+    @property
+    def engine_name(self) -> str:
+        """Of the engine in use."""
+        return self.engine.in_use.name
+
+    @property
+    def differences(self) -> bool:
+        """Are products differences of gradients, with an error of their own?"""
+        return self.engine.takes_differences
+
+    @property
+    def tolerance(self) -> float:
+        """Relative residual of the adjoint equation that products in this dtype can reach."""
+        eps = coarsest_eps(self.at.lower)
+        return 30 * math.sqrt(eps) if self.differences else max(1e-10, 100 * eps)
+
+    def linearise(self) -> Linear:
+        """All derivatives at ``at``, dense, in at least float32."""
+        at = self.engine.point(self.at)
+        _, direct = self.engine.gradient(self.losses.upper, at)
+        linearised = self.engine.linearise(self.losses.lower, at, reusable=True)
+
+        def product(direction: Tensors) -> Pair:
+            parts = linearised.product(cast_like(direction, at.lower))
+            return self._averaged(parts.upper, parts.lower)
+
+        gradient = self._averaged(direct.upper, direct.lower)
+        residual = tuple(dense(r) for r in self.reduce(linearised.residual))
+        return Linear(gradient, residual, product)
+
+    def solve_lower(self, max_iterations: int = 200) -> float:
+        """Move v to a minimiser of g(u, .); returns ||r||_2 there.
+
+        L-BFGS with a strong Wolfe search finds the neighbourhood; its accuracy ends where changes
+        of g drown in rounding, so Newton steps by conjugate gradients follow, each kept only if
+        ||r|| falls.
+        """
+        solver = torch.optim.LBFGS(
+            self.at.lower,
+            max_iter=max_iterations,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+        factor = 1.0 / max(float(norm(self._lower_gradient()[1])), torch.finfo(torch.float32).tiny)
+
+        def scaled() -> float:  # L-BFGS drops pairs with <y, s> below a constant with units
+            value, gradient = self._lower_gradient()
+            for parameter, slope in zip(self.at.lower, scale(gradient, factor), strict=True):
+                parameter.grad = slope.to(parameter.dtype)
+            return float(value) * factor
+
+        solver.step(scaled)
+        error = float(norm(self._lower_gradient()[1]))
+        for _ in range(5):
+            after = self._newton_step(error)
+            if not after < error:
+                break
+            error = after
+        return error
+
+    def solved_value(self, shift: Tensors) -> tuple[float, float]:
+        """The pair f(u + shift, v*(u + shift)), ||r||_2 there; v is solved for from where it is.
+
+        Both levels are put back.
+        """
+        before = Pair(clones(self.at.upper), clones(self.at.lower))
+        _assign(self.at.upper, add(cast_like(shift, before.upper), before.upper))
+        error = self.solve_lower()
+        value = float(self.reduce((self.losses.upper(*self.at).detach(),))[0])
+        _assign(self.at.upper, before.upper)
+        _assign(self.at.lower, before.lower)
+        return value, error
+
+    def _newton_step(self, error: float) -> float:
+        """One step v -= H^{-1} r, undone unless ||r|| falls below ``error``; returns ||r||."""
+        linear = self.linearise()
+        newton = conjugate_gradient(
+            lambda x: linear.product(x).lower, linear.residual, tolerance=1e-3, max_iterations=200
+        )
+        if math.isnan(newton.residual_norm):
+            return math.inf
+        before = clones(self.at.lower)
+        _assign(self.at.lower, cast_like(axpy(-1.0, newton.value, before), before))
+        after = float(norm(self._lower_gradient()[1]))
+        if not after < error:
+            _assign(self.at.lower, before)
+        return after
+
+    def _lower_gradient(self) -> tuple[Tensor, Tensors]:
+        value = self.losses.lower(*self.at)
+        slopes = torch.autograd.grad(value, self.at.lower, allow_unused=True)
+        gradient = tuple(dense(r) for r in filled(slopes, self.at.lower))
+        averaged = self.reduce((value.detach(), *gradient))
+        return averaged[0], averaged[1:]
+
+    def _averaged(self, upper: OptionalTensors, lower: OptionalTensors) -> Pair:
+        both = (*filled(upper, self.at.upper), *filled(lower, self.at.lower))
+        averaged = self.reduce(tuple(dense(t) for t in both))
+        n = len(self.at.upper)
+        return Pair(averaged[:n], averaged[n:])
+
+
+class Implicit(NamedTuple):
+    """The implicit hypergradient at one point, and how its linear solve ended."""
+
+    hypergradient: Tensors
+    """grad_u f + J q; NaN where the adjoint equation could not be solved."""
+    adjoint: Tensors
+    """q with (H + lambda I) q = -grad_v f."""
+    positive_definite: bool
+    """Conjugate gradients met positive curvature only."""
+    solution: Solution
+
+
+def implicit_hypergradient(
+    linear: Linear, *, tolerance: float, max_iterations: int, damping: float
+) -> Implicit:
+    r"""The implicit function theorem, solved to tolerance.
+
+    .. math:: \nabla_u f + J q, \qquad (H + \lambda I) q = -\nabla_v f
+
+    By conjugate gradients; if H + lambda I is not positive definite by least squares, which gives
+    the same formula at a saddle. Where that does not converge either, NaN.
+    """
+
+    def damped(q: Tensors) -> Tensors:
+        product = linear.product(q).lower
+        return axpy(float(damping), q, product) if damping else product
+
+    right = scale(linear.direct.lower, -1.0)
+    solution = conjugate_gradient(damped, right, tolerance=tolerance, max_iterations=max_iterations)
+    broke_down = math.isnan(solution.residual_norm)
+    if broke_down:
+        again = least_squares(damped, right, tolerance=tolerance, max_iterations=2 * max_iterations)
+        nan = scale(right, float("nan"))
+        solution = again if again.converged else again._replace(value=nan)
+    if broke_down and not solution.converged:  # no product with NaN: the closures may object
+        return Implicit(scale(linear.direct.upper, math.nan), solution.value, False, solution)
+    total = add(linear.direct.upper, linear.product(solution.value).upper)
+    return Implicit(total, solution.value, not broke_down, solution)
+
+
+@torch.no_grad()
+def _assign(parameters: Tensors, values: Tensors) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

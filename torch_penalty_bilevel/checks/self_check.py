@@ -1,0 +1,279 @@
+"""One call that compares the optimizer's hypergradient with exact ones and says why it is off."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_count
+from ..curvature import Automatic, Curvature, FiniteDifference, Loss
+from ..errors import BilevelWarning
+from ..evaluation import Evaluation, Norms, measure
+from ..linear_solve import conjugate_gradient, random_direction
+from ..multipliers import DualState
+from ..penalties import Losses, Penalty, Reduce
+from ..tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
+from ..undo.random_state import RandomState
+from .dependence import dependence
+from .diagnosis import Context, diagnosed
+from .exact import Implicit, ImplicitProblem, Linear, implicit_hypergradient
+from .report import HypergradientReport, Repeats
+from .resolved_slopes import slopes
+
+_MOST_UNKNOWNS_TO_RESOLVE = 2_000
+_MOST_PRODUCTS = 1_000
+
+
+class Options(NamedTuple):
+    """How thoroughly to check; see ``PenaltyBilevelOptimizer.check_hypergradient``."""
+
+    tolerance: float | None
+    max_iterations: int | None
+    damping: float
+    resolve: bool | None
+
+    def checked(self) -> Options:
+        """These options; raises for values out of range."""
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise ValueError(
+                f"tolerance must lie in (0, 1), got {self.tolerance}; it bounds "
+                "||H q + grad_v f|| / ||grad_v f||"
+            )
+        if self.max_iterations is not None:
+            check_count("max_iterations", self.max_iterations, at_least=1)
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be a finite number >= 0, got {self.damping}")
+        if self.resolve not in (None, True, False):
+            raise ValueError(f"resolve must be True, False or None, got {self.resolve!r}")
+        return self
+
+
+class Subject(NamedTuple):
+    """What there is to check: an optimizer's parts, restricted to parameters that move."""
+
+    losses: Losses
+    at: Pair
+    names: Sequence[str]
+    dual: DualState
+    penalty: Penalty
+    curvature: Curvature
+    reduce: Reduce
+    step: int
+    """Number of the step that would come next, for errors."""
+
+
+def check(subject: Subject, options: Options) -> HypergradientReport:
+    """Compare; see ``HypergradientReport``. The caller undoes what this moves."""
+    if subject.penalty.lower_is_map:
+        raise ValueError(
+            "check_hypergradient compares with implicit differentiation of a lower loss; with "
+            'penalty="fixed_point" check the adjoint residual in optimizer.metrics instead'
+        )
+    with warnings.catch_warnings():
+        # That "auto" switches engines is news in a step; here it is a line of the report.
+        warnings.simplefilter("ignore", BilevelWarning)
+        repeats = _repeats(subject.losses, subject.at)
+        held = _with_same_random_numbers(subject.losses, subject.at)
+        return _compare(subject._replace(losses=held), options, repeats)
+
+
+def _compare(subject: Subject, options: Options, repeats: Repeats) -> HypergradientReport:
+    at, losses = subject.at, subject.losses
+    depends = dependence(losses, at, False, _reference(subject.curvature))
+    evaluation, norms = _estimate(subject)
+    estimate = tuple(dense(g) for g in filled(evaluation.upper_grad, at.upper))
+    problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.reduce)
+    linear = problem.linearise()
+    exact = _exact(linear, problem, options)
+    error, cosine = _compared(estimate, exact.hypergradient)
+    seen = float(norm(linear.product(random_direction(at.lower)).upper)) > 0
+    curvature, distance = _curvature_along_residual(linear), _lower_distance(linear, exact, at)
+    cancellation = _cancellation(linear, exact)
+    # From here on parameters move in place, which ends the life of ``linear``.
+    difference = _engine_difference(subject, problem, linear, exact, repeats)
+    report = HypergradientReport(
+        cosine=cosine,
+        relative_error=error,
+        residual_norm=norms.residual,
+        adjoint_residual_norm=norms.adjoint_residual,
+        slope_norm=norms.slope,
+        lower_distance=distance,
+        curvature_along_residual=curvature,
+        positive_definite=exact.positive_definite,
+        depends_on_upper=any(depends.residual) and seen,
+        repeats=repeats,
+        engine=problem.engine_name,
+        engine_difference=difference,
+        products=exact.solution.iterations,
+        solve_residual=exact.solution.residual_norm / (norms.slope or 1.0),
+        solved=exact.solution.converged,
+        damping=options.damping,
+        slopes=slopes(problem, estimate, exact) if _resolves(options, at, repeats) else (),
+        findings=(),
+        estimate=estimate,
+        exact=exact.hypergradient,
+    )
+    context = Context(
+        eps=coarsest_eps(at.lower),
+        ridge_share=_ridge_share(subject, evaluation),
+        cancellation=cancellation,
+        damping=options.damping,
+        message=exact.solution.message,
+        unused=tuple(
+            n for n, *uses in zip(subject.names, *depends[:2], strict=True) if not any(uses)
+        ),
+    )
+    return diagnosed(report, context)
+
+
+# The closures.
+
+
+def _repeats(losses: Losses, at: Pair) -> Repeats:
+    """Call both closures three times: the second time with the random numbers of the first."""
+
+    def values() -> Tensor:
+        pair = losses.upper(*at).detach(), losses.lower(*at).detach()
+        return torch.stack([value.double().cpu() for value in pair])
+
+    random = RandomState(t.device for t in (*at.upper, *at.lower))
+    first = values()
+    random.restore()
+    again, then = values(), values()
+    # Atomic additions on a GPU reorder sums; other data change more than half of the digits.
+    rounding = coarsest_eps((*at.upper, *at.lower)) ** 0.5
+    if not torch.allclose(first, again, rtol=rounding, atol=0.0, equal_nan=True):
+        return "no"
+    same = torch.allclose(again, then, rtol=rounding, atol=0.0, equal_nan=True)
+    return "exactly" if same else "with the same random numbers"
+
+
+def _with_same_random_numbers(losses: Losses, at: Pair) -> Losses:
+    random = RandomState(t.device for t in (*at.upper, *at.lower))
+
+    def held(loss: Loss) -> Loss:
+        def replayed(upper: Tensors, lower: Tensors) -> Tensor:
+            random.restore()
+            return loss(upper, lower)
+
+        return replayed
+
+    return Losses(held(losses.upper), held(losses.lower))
+
+
+# Estimate and exact.
+
+
+def _estimate(subject: Subject) -> tuple[Evaluation, Norms]:
+    """What the next upper step would apply."""
+    engine = copy.deepcopy(subject.curvature)
+    evaluation = subject.penalty.evaluate(
+        subject.losses, engine.point(subject.at), subject.dual, engine, subject.reduce
+    )
+    norms = measure(evaluation, subject.names, subject.step)
+    return evaluation, norms
+
+
+def _reference(curvature: Curvature) -> Curvature:
+    """The engine itself, or an exact one where it is a difference and torch has one."""
+    exact = curvature.exact()
+    return Automatic() if exact.takes_differences and not exact.falls_back else exact
+
+
+def _exact(linear: Linear, problem: ImplicitProblem, options: Options) -> Implicit:
+    unknowns = sum(v.numel() for v in problem.at.lower)
+    return implicit_hypergradient(
+        linear,
+        tolerance=options.tolerance or problem.tolerance,
+        max_iterations=options.max_iterations or min(10 * unknowns, _MOST_PRODUCTS),
+        damping=options.damping,
+    )
+
+
+def _compared(estimate: Tensors, exact: Tensors) -> tuple[float, float]:
+    """(||estimate - exact|| / ||exact||, cosine)."""
+    error, size = float(norm(axpy(-1.0, exact, estimate))), float(norm(exact))
+    lengths = float(norm(estimate)) * size
+    cosine = float(dot(estimate, exact)) / lengths if lengths > 0 else math.nan
+    if size == 0:
+        return (0.0 if error == 0 else math.inf), cosine
+    return error / size, cosine
+
+
+# Symptoms.
+
+
+def _curvature_along_residual(linear: Linear) -> float:
+    r, square = linear.residual, float(dot(linear.residual, linear.residual))
+    return float(dot(r, linear.product(r).lower)) / square if square > 0 else math.nan
+
+
+def _lower_distance(linear: Linear, exact: Implicit, at: Pair) -> float:
+    """||H^{-1} r|| / ||v||: the Newton step to the minimiser, to two digits."""
+    if not exact.positive_definite:
+        return math.nan
+    newton = conjugate_gradient(
+        lambda x: linear.product(x).lower,
+        linear.residual,
+        tolerance=1e-2,
+        max_iterations=_MOST_PRODUCTS,
+    )
+    return float(norm(newton.value)) / (float(norm([v.detach() for v in at.lower])) or 1.0)
+
+
+def _cancellation(linear: Linear, exact: Implicit) -> float:
+    direct, total = linear.direct.upper, exact.hypergradient
+    parts = float(norm(direct)) + float(norm(axpy(-1.0, direct, total)))
+    return float(norm(total)) / parts if parts != 0 else 0.0
+
+
+def _ridge_share(subject: Subject, evaluation: Evaluation) -> float:
+    """||a + mu nu|| / ||a|| with mu the rule's shift; 1 where there is none."""
+    size = float(norm(evaluation.adjoint_residual))
+    if size == 0:
+        return 1.0
+    mu = subject.penalty.rule.shift(subject.dual)
+    return float(norm(axpy(mu, evaluation.adjoint, evaluation.adjoint_residual))) / size
+
+
+def _engine_difference(
+    subject: Subject, problem: ImplicitProblem, linear: Linear, exact: Implicit, repeats: Repeats
+) -> float:
+    """How much (J q, H q) of an independent engine differ, the larger of both blocks.
+
+    That engine is the optimizer's own where the exact solve used another, else central.
+    """
+    if repeats == "no" or problem.differences:
+        return math.nan
+    own = subject.curvature.takes_differences and not subject.curvature.falls_back
+    other = copy.deepcopy(subject.curvature) if own else FiniteDifference(central=True)
+    direction = exact.adjoint
+    if not 0 < float(norm(direction)) < math.inf:
+        direction = random_direction(subject.at.lower)
+    here = linear.product(direction)
+    twin = ImplicitProblem(subject.losses, subject.at, other, subject.reduce)
+    there = twin.linearise().product(direction)
+    differences = [axpy(-1.0, a, b) for a, b in zip(here, there, strict=True)]
+    sizes = [
+        max(float(norm(here.upper)), float(norm(linear.direct.upper))),
+        float(norm(here.lower)),
+    ]
+    return max(float(norm(d)) / (s or 1.0) for d, s in zip(differences, sizes, strict=True))
+
+
+# Finite differences of the solved lower level.
+
+
+def _resolves(options: Options, at: Pair, repeats: Repeats) -> bool:
+    if options.resolve is not None:
+        return options.resolve
+    small = sum(v.numel() for v in at.lower) <= _MOST_UNKNOWNS_TO_RESOLVE
+    accurate = coarsest_eps((*at.upper, *at.lower)) < 1e-6
+    together = len({v.device for v in at.lower}) == 1
+    return small and accurate and together and repeats != "no"

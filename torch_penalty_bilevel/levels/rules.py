@@ -1,0 +1,161 @@
+r"""Options of a torch rule that change which problem a level solves.
+
+Coupled weight decay of the lower rule adds wd v to the gradient: v then minimises
+
+.. math:: g(u, v) + \sum_i \tfrac{wd_i}{2} \lVert v_i \rVert^2
+
+and not g. So it is taken into g, where every derivative sees it, and out of the rule. What moves
+v in another way, decoupled decay or ``maximize``, has no such loss and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch.optim import Optimizer
+
+from ..curvature import Loss
+from ..curvature import autograd_graph as graph
+from ..errors import BilevelWarning
+from ..tensors import Tensors
+from .around import around
+from .groups import Level, names, parameters
+
+_COUPLED = (
+    optim.SGD,
+    optim.Adam,
+    optim.Adamax,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+    optim.NAdam,
+    optim.RAdam,
+    optim.ASGD,
+)
+
+
+def check(rule: Optimizer, level: Level, lower_is_map: bool = False) -> None:
+    """Raise ``ValueError`` for an option that changes the level's problem behind its back."""
+    for group in rule.param_groups:
+        check_group(rule, group, level, lower_is_map)
+
+
+def check_group(
+    rule: Optimizer, group: dict[str, Any], level: Level, lower_is_map: bool = False
+) -> None:
+    """The same for one group, which ``rule`` may not have yet."""
+    kind = type(rule).__name__
+    if group.get("maximize"):
+        raise ValueError(
+            f"{level} is {kind} with maximize=True: the level would climb a loss that all the rest "
+            f"of the method descends; pass maximize=False and return -loss from {level}_closure"
+        )
+    if level == "upper":
+        return
+    decay, lambd = group.get("weight_decay", 0.0), group.get("lambd", 0.0)
+    if lambd and isinstance(rule, optim.ASGD):
+        raise ValueError(
+            f"lower is ASGD with lambd={lambd}, which shrinks v after its step, so that v does not "
+            "minimise g; pass lambd=0 (its default is not) and put lambd / 2 * "
+            "sum(p.square().sum() for p in parameters) in the lower loss"
+        )
+    if not decay:
+        return
+    if not _is_coupled(rule, group):
+        raise ValueError(
+            f"lower is {kind} with weight_decay={decay} decoupled from the gradient, so that v "
+            "does not minimise g; pass weight_decay=0 (the default of AdamW and Muon is not 0) and "
+            f"put 0.5 * {decay} * sum(p.square().sum() for p in parameters) in the lower loss"
+        )
+    if lower_is_map:
+        raise ValueError(
+            f"lower is {kind} with weight_decay={decay}, but a lower level given as a map has no "
+            "loss to which it could belong; pass weight_decay=0 and let Phi shrink v"
+        )
+
+
+def _is_coupled(rule: Optimizer, group: dict[str, Any]) -> bool:
+    """Does the rule add wd p to the gradient, before all else? Of an unknown one: no."""
+    # Not by the class that holds it: torch wraps ``step`` in the first class that is built.
+    step = inspect.unwrap(type(rule).step)
+    known = any(step is inspect.unwrap(kind.step) for kind in _COUPLED)
+    return known and not group.get("decoupled_weight_decay", False)
+
+
+def with_decay(loss: Loss, rule: Optimizer) -> Loss:
+    """The loss g plus wd_i / 2 ||v_i||^2 for every v_i that moves and that g uses.
+
+    As in torch, where a parameter without a gradient does not decay. The groups are read at
+    each evaluation.
+    """
+
+    def decayed(upper: Tensors, lower: Tensors) -> Tensor:
+        value = loss(upper, lower)
+        decays = _decays(rule)
+        if not any(decays):
+            return value
+        used = graph.reached([value], lower)
+        with torch.enable_grad():
+            for parameter, decay, is_used in zip(lower, decays, used, strict=False):
+                if decay and is_used:
+                    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+                    value = value + (0.5 * decay * wide.square().sum()).to(value.device)
+        return value
+
+    return decayed
+
+
+def _decays(rule: Optimizer) -> list[Any]:
+    """One for each parameter that moves."""
+    return [
+        group.get("weight_decay", 0.0)
+        for group in rule.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    ]
+
+
+def step_without_decay(rule: Optimizer) -> None:
+    """``rule.step()`` on gradients that hold the decay already; its hooks see the option."""
+    with around(rule, lambda: _without_decay(rule)):
+        rule.step()
+
+
+@contextlib.contextmanager
+def _without_decay(rule: Optimizer) -> Generator[None]:
+    held = [(g, g["weight_decay"]) for g in rule.param_groups if g.get("weight_decay", 0.0)]
+    for group, _ in held:
+        group["weight_decay"] = 0.0
+    try:
+        yield
+    finally:
+        for group, decay in held:
+            group["weight_decay"] = decay
+
+
+def rates(rule: Optimizer, name: str) -> set[float | None]:
+    """What a rule's groups say under ``name``; None where they do not."""
+    return {None if name not in group else float(group[name]) for group in rule.param_groups}
+
+
+def warn_of_coarse(lower: Optimizer) -> None:
+    """Warn of lower parameters too coarse to settle."""
+    coarse = [
+        name
+        for name, p in zip(names(lower, "lower"), parameters(lower), strict=True)
+        if p.requires_grad and torch.finfo(p.dtype).bits <= 16
+    ]
+    if coarse:
+        warnings.warn(
+            f"the lower parameters {coarse} have 16 bits: steps below some thousandths of a "
+            "parameter are rounded away, so v does not settle and the certificate stays large. "
+            "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
+            BilevelWarning,
+            stacklevel=4,
+        )

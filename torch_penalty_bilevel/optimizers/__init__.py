@@ -1,0 +1,1 @@
+"""Both optimizers, from two ordinary rules (``two_level``) up to the loop of one step."""

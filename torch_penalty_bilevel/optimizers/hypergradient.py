@@ -1,0 +1,311 @@
+"""``HypergradientOptimizer``: differentiate through the lower level instead of penalising it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import curvature as engines
+from .. import levels
+from ..adapters import closures
+from ..adapters.closures import Closure, Closures
+from ..adapters.constraints import Constraint, upper_projection
+from ..checks.suspicions import DependenceWatch
+from ..curvature import Curvature
+from ..errors import NonFiniteError
+from ..evaluation import Evaluation, Norms, measure
+from ..hypergradients import (
+    IMPLICIT,
+    Count,
+    Options,
+    Problem,
+    check_loop,
+    check_serves_maps,
+    count_at,
+    estimated,
+    learning_rates,
+    restart,
+    take_lower_steps,
+)
+from ..levels import Parameters, rows, rules
+from ..linear_solve import MakeOptimizer
+from ..metrics import Metrics
+from ..penalties import Losses, Reduce, one_worker
+from ..tensors import Tensors, check_like, clones, placed, zeros_for
+from .memory import TwoLevelMemory
+
+_OF_LEARNING_RATE = ("neumann", "fixed_point", "stochastic", "one_step")
+
+
+class _Remembered(NamedTuple):
+    adjoint: Tensors
+    first_lower: Tensors
+    metrics: Metrics
+    counts: dict[str, int]
+
+
+class HypergradientOptimizer(TwoLevelMemory):
+    r"""Bilevel optimisation by hypergradients: lower steps on g, an adjoint, an upper step.
+
+    .. math::
+        v \leftarrow \text{lower rule}(\nabla_v g)\ \text{(}T\text{ times)}, \qquad
+        H q \approx -\nabla_v f, \qquad
+        u \leftarrow \text{upper rule}(\nabla_u f + J q)
+
+    with J = d2g/du dv, H = d2g/dv2; of a map Phi the lower rule gets v - Phi and H is
+    (I - dPhi/dv)', J is -(dPhi/du)'. What ``PenaltyBilevelOptimizer`` is compared with, in the
+    same API: checkpoints, schedulers, hooks, ``metrics`` and all-or-nothing steps work as there.
+
+    Args:
+        upper: the upper parameters u, as for ``PenaltyBilevelOptimizer``.
+        lower: the lower parameters v, likewise.
+        method: how q is found, see ``functional.hypergradient``: ``"cg"``, ``"cg_normal"``,
+            ``"neumann"``, ``"fixed_point"``, ``"stochastic"`` (the lower closure is called anew for
+            every product), ``"reverse"`` (through the lower steps, which are then plain SGD: v is
+            put back to each and the closure repeated on the same random numbers),
+            ``"one_step"`` (T1-T2), ``"approx_grad"`` (ApproxGrad), ``"alternating"`` (q = 0).
+        upper_lr: learning rate where an upper group names none (default: 1e-3).
+        lower_lr: the same for the lower level.
+        lower_steps: T, or a function of the step's number (0, 1, ...), for lower problems that are
+            solved ever more accurately.
+        inner_iterations: products (optimizer steps for ``"stochastic"``) per adjoint at most,
+            likewise; default 10.
+        warm_start: True: v and q start where the step before ended. False: v starts from its
+            first values with a fresh lower rule, q from zero. ``"lower"``, ``"adjoint"``: only
+            that one is kept. Methods that do not solve for q have no start for it.
+        lower_is_map: the lower closure returns Phi(u, v).
+        curvature: as for ``PenaltyBilevelOptimizer``.
+        reduce: averages a tuple of tensors over workers; default: one worker.
+        allow_unused: accept upper parameters that no loss depends on; they do not move.
+        upper_constraint: a projection of ``constraints``: projected hypergradient descent.
+        tolerance, damping, truncation, samples: as in ``functional.hypergradient``.
+        step_size: likewise; default: 1 for a map, else the lower level's smallest learning rate.
+        linear_optimizer: likewise, ``"stochastic"`` and ``"approx_grad"``; made anew in every step.
+
+    Raises:
+        ValueError, TypeError: at construction, naming the argument, its value and the remedy.
+
+    Example:
+        >>> import torch
+        >>> u = torch.tensor([0.0], requires_grad=True)
+        >>> v = torch.tensor([0.0], requires_grad=True)
+        >>> optimizer = HypergradientOptimizer([u], [v], upper_lr=0.02, lower_lr=0.02)
+        >>> for _ in range(300):
+        ...     loss = optimizer.step(
+        ...         lambda: (u**2 + v**2).sum(),      # upper loss f
+        ...         lambda: ((1 - u - v) ** 2).sum()  # lower loss g, so v = 1 - u
+        ...     )
+        >>> abs(u.item() - 0.5) < 1e-2 and abs(v.item() - 0.5) < 1e-2
+        True
+    """
+
+    _fields = (
+        *TwoLevelMemory._fields,
+        "method",
+        "lower_steps",
+        "inner_iterations",
+        "warm_start",
+        "lower_is_map",
+        "curvature",
+        "reduce",
+        "allow_unused",
+        "_options",
+        "_restriction",
+        "metrics",
+        "_adjoint",
+        "_first_lower",
+        "_counts",
+        "_dependence",
+    )
+
+    def __init__(
+        self,
+        upper: Parameters,
+        lower: Parameters,
+        *,
+        method: str = "cg",
+        upper_lr: float | None = None,
+        lower_lr: float | None = None,
+        lower_steps: Count = 1,
+        inner_iterations: Count | None = None,
+        warm_start: bool | str = True,
+        lower_is_map: bool = False,
+        curvature: str | Curvature = "auto",
+        reduce: Reduce | None = None,
+        allow_unused: bool = False,
+        upper_constraint: Constraint | None = None,
+        tolerance: float | None = None,
+        damping: float | None = None,
+        step_size: float | None = None,
+        truncation: int | None = None,
+        linear_optimizer: MakeOptimizer | None = None,
+        samples: int | None = None,
+    ) -> None:
+        self._options = Options(
+            tolerance=tolerance,
+            damping=damping,
+            step_size=step_size,
+            truncation=truncation,
+            linear_optimizer=linear_optimizer,
+            samples=samples,
+        )
+        check_loop(method, self._options, lower_steps, inner_iterations, warm_start)
+        make_lower = torch.optim.SGD if method == "reverse" else torch.optim.Adam
+        self._build(upper, lower, upper_lr, lower_lr, make_lower)
+        self.method = method
+        self.lower_steps = lower_steps
+        self.inner_iterations = 10 if inner_iterations is None else inner_iterations
+        self.warm_start = warm_start
+        self.lower_is_map = bool(lower_is_map)
+        self.curvature = engines.resolve(curvature)
+        self.reduce: Reduce = reduce or one_worker
+        self.allow_unused = bool(allow_unused)
+        self._restriction = upper_projection(upper_constraint, self.upper)
+        self.metrics = Metrics.unknown()
+        self._adjoint = zeros_for(levels.parameters(self.lower))
+        self._first_lower: Tensors = ()
+        self._counts = {"steps": 0, "gradient_evaluations": 0}
+        self._dependence = DependenceWatch()
+        if self.lower_is_map:
+            check_serves_maps(self.curvature)
+        rules.check(self.lower, "lower", self.lower_is_map)
+
+    def step(  # type: ignore[override]
+        self,
+        upper_closure: Closures = None,
+        lower_closure: Closure | None = None,
+        *,
+        closure: Closures = None,
+    ) -> Tensor:
+        """``lower_steps`` updates of v, an adjoint, one update of u.
+
+        Closures are as for ``PenaltyBilevelOptimizer.step``; one that draws a batch draws a fresh
+        one for every lower step and one for the adjoint equation (``"stochastic"``: for each of
+        its products). BatchNorm statistics move once per call. The first call (of new lines of
+        code) evaluates both losses once more, uncompiled, to see what they use.
+
+        Args:
+            upper_closure: returns f, 0-d, from live tensors; does not call backward.
+            lower_closure: returns g, 0-d, or with ``lower_is_map`` Phi, shaped like v.
+            closure: see ``PenaltyBilevelOptimizer.step``.
+
+        Returns f at the end of the lower steps, detached, 0-d.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or the adjoint is not finite, after a breakdown for
+                instance. As after any exception, parameters, buffers, random generators and state
+                are as before the call.
+            UnusedParameterError: no loss depends on an upper parameter.
+            NondeterministicClosureError: ``"reverse"`` met other data when it repeated a step.
+        """
+        both = self._begun(upper_closure, lower_closure, closure)
+        if both is None:
+            return torch.zeros(())
+        with self._undone([self.lower]) as guard:
+            rest = self.upper, self.lower, guard, self.lower_is_map
+            return self._step(closures.losses_of(self.curvature, *both, *rest))
+
+    @property
+    def adjoint(self) -> Tensors:
+        """The last q, shaped like v; zero before the first step."""
+        return self._adjoint
+
+    def _step(self, losses: Losses) -> Tensor:
+        number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
+        self._look(losses, point, names, self._moving_lower_names())
+        place = f"in step {number + 1}; nothing was changed"
+        at, is_map = (losses, point, self.curvature), self.lower_is_map
+        problem = Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
+        if self.warm_start not in (True, "lower"):
+            # Not the v of construction: parameters may have been loaded since.
+            self._first_lower = self._first_lower or clones(levels.parameters(self.lower))
+            restart(self.lower, self._first_lower)
+        steps = count_at("lower_steps", self.lower_steps, number)
+        kept = (self._options.truncation or steps) if self.method == "reverse" else 0
+        visits = take_lower_steps(problem, self.lower, steps, kept)
+        estimate = estimated(problem, self.method, self._options_at(number), visits)
+        if estimate.broke_down:
+            raise NonFiniteError(f"adjoint: {estimate.solution.message}; {place}")
+        face = self._restriction.faces(point.upper, estimate.hypergradient)
+        evaluation = estimate.on_face(face, problem.evaluations)
+        measured = measure(evaluation, names, number + 1)
+        self._check_used(losses, point, names, evaluation, self.method == "alternating")
+        self._dependence.listen(measured.silent)
+        self._record(evaluation, measured)
+        levels.give(self.upper, evaluation.upper_grad)
+        with evaluation.upper_face.retracting(point.upper):
+            rows.step_touched_rows(self.upper)
+        return evaluation.upper_loss
+
+    def _options_at(self, number: int) -> Options:
+        options = self._options
+        if options.step_size is None and self.method in _OF_LEARNING_RATE:
+            step = 1.0 if self.lower_is_map else min(learning_rates(self.lower))
+            options = replace(options, step_size=step)
+        if self.method not in IMPLICIT:
+            return options
+        start = None
+        if number > 0 and self.warm_start in (True, "adjoint"):
+            moving = [p.requires_grad for p in levels.parameters(self.lower)]
+            start = tuple(q for q, moves in zip(self._adjoint, moving, strict=True) if moves)
+        limit = count_at("inner_iterations", self.inner_iterations, number)
+        return replace(options, start=start, max_iterations=limit)
+
+    def _record(self, evaluation: Evaluation, measured: Norms) -> None:
+        fresh = iter(evaluation.adjoint)
+        pairs = zip(self._adjoint, levels.parameters(self.lower), strict=True)
+        self._adjoint = tuple(next(fresh) if p.requires_grad else q for q, p in pairs)
+        self._counts["steps"] += 1
+        self._counts["gradient_evaluations"] += evaluation.cost
+        weights = 0.0, self._options.damping or 0.0
+        seen = evaluation.upper_loss, evaluation.lower_loss
+        self.metrics = Metrics.of(*seen, measured, weights, self._counts["gradient_evaluations"])
+
+    # What TwoLevelOptimizer asks of its subclasses.
+
+    def _remembered(self) -> _Remembered:
+        return _Remembered(self._adjoint, self._first_lower, self.metrics, dict(self._counts))
+
+    def _put_back(self, remembered: _Remembered) -> None:
+        self._adjoint, self._first_lower, self.metrics, self._counts = remembered
+
+    def _lists(self) -> tuple[str, ...]:
+        return "adjoint", "first_lower"
+
+    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
+        if level == "lower":
+            self._adjoint += zeros_for(parameters)
+            self._first_lower += clones(parameters) if self._first_lower else ()
+        self._dependence.due = True
+
+    def _lower_is_map(self) -> bool:
+        return self.lower_is_map
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "format": 2,
+            "method": self.method,
+            "adjoint": list(self._adjoint),
+            "first_lower": list(self._first_lower),
+            **self._counts,
+            "engine": self._engine_packed(),
+        }
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        if own.get("method") != self.method:
+            raise ValueError(
+                f"the checkpoint was made with method {own.get('method')!r}, this optimizer has "
+                f"{self.method!r}"
+            )
+        check_like("adjoint", own["adjoint"], self._adjoint)
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        self._adjoint = placed(own["adjoint"], self._adjoint)
+        like = levels.parameters(self.lower) if own["first_lower"] else []
+        self._first_lower = placed(own["first_lower"], like)
+        self._counts = {name: own[name] for name in self._counts}
+        self._unpack_engine(own.get("engine", {}))

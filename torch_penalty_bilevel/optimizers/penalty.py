@@ -1,0 +1,352 @@
+"""``PenaltyBilevelOptimizer``: two levels, two closures, one ordinary torch optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import curvature as engines
+from .. import levels, penalties
+from ..adapters import closures
+from ..adapters.closures import Closure, Closures
+from ..adapters.constraints import Constraint, Restrictions
+from ..arguments import check_count
+from ..checks import self_check
+from ..checks.report import HypergradientReport
+from ..checks.suspicions import DependenceWatch, zeros_in_a_row
+from ..curvature import Curvature
+from ..evaluation import Evaluation, Norms, measure
+from ..levels import Parameters, rows, rules
+from ..levels.trial_step import stepped
+from ..metrics import Metrics
+from ..multipliers import Move
+from ..penalties import Losses, Penalty, Reduce, one_worker
+from ..tensors import Pair, Tensors
+from ..undo.buffers import BufferGuard
+from ..undo.rule_memory import Moments
+from ..undo.transaction import rehearsal
+from .penalty_memory import RemembersDual
+
+Evaluate: TypeAlias = Callable[[bool], tuple[Evaluation, Norms]]
+
+
+class PenaltyBilevelOptimizer(RemembersDual):
+    r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
+
+    The lower problem is replaced by its stationarity and the violation is penalised, with a
+    multiplier that learns the adjoint (see ``Stationarity`` and ``LeastSquares``): per lower step
+    one gradient of f, one of g and one second-order product; no inverse, no unrolling.
+
+    .. math::
+        u \leftarrow \text{upper rule}(\nabla_u f + J q), \qquad
+        v \leftarrow \text{lower rule}(d), \qquad q \to -H^{-1}\nabla_v f
+
+    with J = d2g/du dv, H = d2g/dv2 and d the lower direction of the penalty's rule.
+
+    It is a ``torch.optim.Optimizer``: schedulers, hooks, ``state_dict``, ``add_param_group``,
+    pickle and deepcopy work on both levels at once; each parameter group says which ``"level"`` it
+    belongs to. ``optimizer.upper`` and ``optimizer.lower`` are the two rules inside; register
+    step hooks on them to clip gradients. ``optimizer.metrics`` (a ``Metrics``) describes the last
+    evaluation and does not wait for the device until a number is read.
+
+    Rows of an upper tensor (entries along dim 0) whose hypergradient is exactly zero do not move,
+    and neither do their moments: a sample that was not in the batch keeps its weight.
+
+    Args:
+        upper: the upper parameters u: tensors, (name, tensor) pairs, parameter-group dicts, or a
+            ready ``torch.optim.Optimizer`` over them.
+        lower: the lower parameters v, likewise.
+        upper_lr: learning rate where an upper group names none (default: 1e-3).
+        lower_lr: the same for the lower level (default: 1e-3).
+        lower_steps: v-steps before each u-step in ``step``.
+        warmup_steps: ``step`` moves v and the multiplier only, until the certificate
+            ||grad_v f + H q|| is at most half of ||grad_v f||, what it is at q = 0; for at most so
+            many calls (minibatch noise may keep it above).
+        penalty: ``"stationarity"``, ``"paper"`` (the published schedule), ``"value"`` (gradients
+            only), ``"fixed_point"`` (the lower closure returns a map Phi(u, v)) or an object.
+        curvature: ``"auto"`` (double backward, or finite differences where they must or where
+            measured to be cheaper and close, see ``Automatic``; ``.curvature.reason`` says why),
+            ``"double_backward"``, ``"finite_difference"``, ``"functional"`` (torch.func; the
+            closures are then pure functions of (upper, lower), each a tuple in parameter order or,
+            for parameters given with names, a dict) or an object.
+        reduce: averages a tuple of tensors over workers; default: one worker.
+        allow_unused: accept upper parameters that no loss depends on; they do not move.
+        upper_constraint: an object of ``constraints``, or a list with any number of ``Inequality``.
+            Every upper tensor is in the set after each step; ``p.grad`` is then the part of the
+            hypergradient that feasible motion can follow.
+        lower_constraint: likewise; the hypergradient is that of the constrained lower problem.
+            Needs ``"stationarity"`` or, for a set, ``"paper"``.
+
+    Raises:
+        ValueError, TypeError: at construction, naming the argument, its value and the remedy.
+
+    Example:
+        >>> import torch
+        >>> u = torch.tensor([0.0], requires_grad=True)
+        >>> v = torch.tensor([0.0], requires_grad=True)
+        >>> optimizer = PenaltyBilevelOptimizer([u], [v], upper_lr=0.02, lower_lr=0.02)
+        >>> for _ in range(200):
+        ...     loss = optimizer.step(
+        ...         lambda: (u**2 + v**2).sum(),      # upper loss f
+        ...         lambda: ((1 - u - v) ** 2).sum()  # lower loss g, so v = 1 - u
+        ...     )
+        >>> abs(u.item() - 0.5) < 1e-2 and abs(v.item() - 0.5) < 1e-2
+        True
+    """
+
+    _fields = (
+        *RemembersDual._fields,
+        "lower_steps",
+        "warmup_steps",
+        "penalty",
+        "curvature",
+        "reduce",
+        "allow_unused",
+        "_sets",
+        "_seen",
+        "_dual",
+        "_adjoint",
+        "_counts",
+        "_dependence",
+        "_zeros_in_a_row",
+    )
+
+    def __init__(
+        self,
+        upper: Parameters,
+        lower: Parameters,
+        *,
+        upper_lr: float | None = None,
+        lower_lr: float | None = None,
+        lower_steps: int = 1,
+        warmup_steps: int = 0,
+        penalty: str | Penalty = "stationarity",
+        curvature: str | Curvature = "auto",
+        reduce: Reduce | None = None,
+        allow_unused: bool = False,
+        upper_constraint: Constraint | Sequence[Constraint] | None = None,
+        lower_constraint: Constraint | Sequence[Constraint] | None = None,
+    ) -> None:
+        check_count("lower_steps", lower_steps, at_least=1)
+        check_count("warmup_steps", warmup_steps, at_least=0)
+        if reduce is not None and not callable(reduce):
+            raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
+        self._build(upper, lower, upper_lr, lower_lr)
+        self.lower_steps = lower_steps
+        self.warmup_steps = warmup_steps
+        self.curvature = engines.resolve(curvature, weighs_costs=True)
+        self.penalty = penalties.resolve(penalty, self.curvature)
+        self.reduce: Reduce = reduce or one_worker
+        self.allow_unused = bool(allow_unused)
+        self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
+        self._seen = None
+        self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
+        self._sets.check_penalty(self.penalty, self._dual)
+        rules.check(self.lower, "lower", self._lower_is_map())
+        self._adjoint = self._dual.multiplier
+        self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
+        self._dependence = DependenceWatch()
+        self._zeros_in_a_row = 0
+
+    def step(  # type: ignore[override]
+        self,
+        upper_closure: Closures = None,
+        lower_closure: Closure | None = None,
+        *,
+        closure: Closures = None,
+    ) -> Tensor:
+        """``lower_steps`` updates of v and the multiplier, then one update of u.
+
+        The last lower evaluation also serves the upper update where the rule allows it:
+        ``LeastSquares`` is a single-loop method in which all variables move from one point, so a
+        step costs ``lower_steps`` evaluations; ``EpsilonTest`` evaluates afresh, as published. Only
+        the one that serves u is differentiated with respect to u. Buffers move once per call.
+
+        An evaluation calls each closure once, and g again with the same random numbers for every
+        gradient of a ``"finite_difference"``, for the second point of ``"value"`` and where
+        ``"auto"`` compares engines. The first call runs uncompiled, to see what closures use, as
+        does the first with new lines of code, which calls them once more; it repeats closures
+        where the engine is ``"finite_difference"`` or ``"functional"`` or a lower ``Inequality``
+        has to show its shape. So a closure may draw its own batch, next(loader), with
+        ``"double_backward"``, and, but for the batches that comparisons take, with ``"auto"``:
+        every evaluation is then one of another batch. Where g is repeated draw the batch outside.
+
+        Args:
+            upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
+            lower_closure: returns g, likewise.
+            closure: f again, or both: trainers pass on ``step(closure=f, lower_closure=g)`` and
+                ``step((f, g))``.
+
+        Returns:
+            f at the last evaluation, detached, 0-d.
+
+        Raises:
+            NonFiniteError: a loss, residual or gradient is not finite. As after any exception
+                but one raised by the rules' own step hooks, parameters, buffers, random generators
+                and state are as before the call.
+            NondeterministicClosureError: g was repeated and returned something else.
+            UnusedParameterError: no loss depends on an upper parameter.
+            DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
+        """
+        both = self._begun(upper_closure, lower_closure, closure)
+        if both is None:
+            return torch.zeros(())
+        shared = self.penalty.rule.shares_evaluation
+        one_evaluation = shared and self.lower_steps == 1
+        with self._undone_on_error(*both, [] if one_evaluation else [self.lower]) as evaluate:
+            for _ in range(self.lower_steps - 1):
+                self._move_lower(*evaluate(False))
+            evaluation, norms = evaluate(shared)
+            self._move_lower(evaluation, norms)
+            if not shared:
+                evaluation, norms = evaluate(True)
+                self._adjoint = self._merged(evaluation.adjoint)
+            self._move_upper(evaluation, norms, hold=self._warms_up(norms))
+        return evaluation.upper_loss
+
+    def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
+        """One update of v and of the multiplier, blind to u; returns f. See ``step``."""
+        with self._undone_on_error(upper_closure, lower_closure) as evaluate:
+            evaluation, norms = evaluate(False)
+            self._move_lower(evaluation, norms)
+        return evaluation.upper_loss
+
+    def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
+        """One update of u from a fresh evaluation; returns f. See ``step``."""
+        with self._undone_on_error(upper_closure, lower_closure) as evaluate:
+            evaluation, norms = evaluate(True)
+            self._adjoint = self._merged(evaluation.adjoint)
+            self._move_upper(evaluation, norms)
+        self._opt_called = True  # schedulers warn unless step() was called; this stands for it
+        return evaluation.upper_loss
+
+    def check_hypergradient(
+        self,
+        upper_closure: Closure,
+        lower_closure: Closure,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
+        damping: float = 0.0,
+        resolve: bool | None = None,
+    ) -> HypergradientReport:
+        """Compare the estimate with exact hypergradients; ``print`` the report it returns.
+
+        May cost a thousand steps; moves nothing, also when it raises what ``step`` would.
+
+        Args:
+            upper_closure: as in ``step``; draw the batch outside, so that all see the same data.
+            lower_closure: likewise.
+            tolerance: bound on ||H q + grad_v f|| / ||grad_v f||; None: what the dtype allows.
+            max_iterations: products at most; None: ten per lower unknown, at most 1,000.
+            damping: lambda >= 0 of the exact solve, (H + lambda I) q = -grad_v f.
+            resolve: also take finite differences of f(u, v*(u)), g solved by L-BFGS; None: where
+                v has at most 2,000 numbers (one device, not 16 bits) and the closures repeat.
+        """
+        self._sets.check_comparable()
+        options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
+        with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
+            losses = self._losses(upper_closure, lower_closure, guard)
+            at, names = self._point(), self._moving_upper_names()
+            dual, step = self._dual.only(self._moving_lower()), self._counts["steps"] + 1
+            subject = self_check.Subject(
+                losses, at, names, dual, self.penalty, self.curvature, self.reduce, step
+            )
+            return self_check.check(subject, options)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the last evaluation saw; made when asked for, as most steps are not."""
+        return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
+
+    def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
+        rule, moving = self.penalty.rule, self._moving_lower()
+        dual = self._dual.only(moving)
+        direction, advanced = rule.lower_update(dual, evaluation, norms)
+        lower = self._point().lower
+        advanced = rule.follow(advanced, evaluation, self._moves(lower, norms))
+        levels.give(self.lower, norms.heard(direction))
+        with evaluation.lower_face.retracting(lower):
+            rules.step_without_decay(self.lower)
+        advanced = self._sets.lower.ascend_jointly(rule, dual, advanced, evaluation)
+        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
+        adjoint = rule.adjoint(advanced, evaluation.residual)
+        self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
+
+    def _moves(self, lower: Tensors, norms: Norms) -> Move:
+        """How the lower rule would move another point than v."""
+
+        def move(
+            point: Tensors, gradients: Tensors, memory: tuple[Moments, ...]
+        ) -> tuple[Tensors, tuple[Moments, ...]]:
+            return stepped(self.lower, lower, point, norms.heard(gradients), memory)
+
+        return move
+
+    def _warms_up(self, norms: Norms) -> bool:
+        """Is the hypergradient of this step still too rough for u to follow it?"""
+        ready = norms.adjoint_residual <= 0.5 * norms.slope
+        left = self._counts["warmup_left"]
+        self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
+        return left > 0 and not ready
+
+    def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
+        point = self._point().upper
+        levels.give(self.upper, evaluation.upper_grad)
+        if not hold:
+            with evaluation.upper_face.retracting(point):
+                rows.step_touched_rows(self.upper)
+            self._sets.upper.ascend(evaluation.upper_values)
+        moving = self._moving_lower()
+        advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
+        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
+        self._counts["steps"] += 1
+
+    # One evaluation.
+
+    @contextlib.contextmanager
+    def _undone_on_error(
+        self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
+    ) -> Generator[Evaluate]:
+        """Yields ``evaluate``; undoes everything if the block raises."""
+        with self._undone(rules) as guard:
+            losses = self._losses(upper_closure, lower_closure, guard)
+            yield lambda for_upper: self._evaluate(losses, for_upper)
+
+    def _evaluate(self, losses: Losses, for_upper: bool) -> tuple[Evaluation, Norms]:
+        """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
+        at, names = self._point(), self._moving_upper_names()
+        self._dual = self._sets.start(losses, at, self._dual)
+        self._adjoint += self._dual.multiplier[len(self._adjoint) :]
+        at = self._sets.extended(at)
+        losses = self._look(losses, at, names, self._moving_lower_names())
+        if not for_upper and self.curvature.reads_live:
+            at, names = Pair((), at.lower), []
+        at = self.curvature.point(at)
+        dual = self._dual.only(self._moving_lower())
+        evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
+        evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
+        norms = measure(evaluation, names, self._counts["steps"] + 1)
+        self.curvature.observe(norms.adjoint_residual, norms.slope)
+        unused = self._check_used(losses, at, names, evaluation)
+        self._dependence.listen(norms.silent)
+        if len(unused) < len(names):
+            vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
+            self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
+        self._counts["gradient_evaluations"] += evaluation.cost
+        cost = self._counts["gradient_evaluations"]
+        weights = dual.weight, dual.damping
+        self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, weights, cost
+        return evaluation, norms
+
+    def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
+        rest = self.upper, self.lower, guard, self._lower_is_map(), self._sets.inequalities
+        return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
+
+    def _lower_is_map(self) -> bool:
+        return self.penalty.lower_is_map

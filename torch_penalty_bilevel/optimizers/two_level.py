@@ -1,0 +1,236 @@
+"""Two ordinary torch optimizers that behave as one ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import levels
+from ..adapters.closures import both_of
+from ..errors import BilevelWarning
+from ..levels import checkpoint, rules
+from ..tensors import Pair, Tensors
+from ..undo.scope import Scope
+
+
+class TwoLevelOptimizer(Optimizer):
+    """An upper and a lower rule with one list of groups, one state and one checkpoint.
+
+    ``param_groups`` and ``state`` are views of what the rules hold, computed when asked for, so a
+    scheduler, a checkpoint or a hook may address either: a copied list would silently fork as
+    soon as a rule reloads its own state.
+
+    Subclasses name their instance attributes in ``_fields`` (what pickle keeps) and call ``_join``.
+    """
+
+    upper: Optimizer
+    lower: Optimizer
+    _order: list[str]
+    _scope: Scope
+    _adjoint: Tensors
+    """One tensor shaped like each lower parameter, and possibly more."""
+    _counts: dict[str, int]
+    _fields: ClassVar[tuple[str, ...]] = ("defaults", "upper", "lower", "_order", "_scope")
+    _is_complete = False
+    """Has something other than a step given the state all its entries?"""
+    _has_two_rates = False
+    """Were the levels given different learning rates, and nothing was said about them since?"""
+
+    def _build(
+        self,
+        upper: levels.Parameters,
+        lower: levels.Parameters,
+        upper_lr: float | None,
+        lower_lr: float | None,
+        make_lower: Callable[..., Optimizer] = torch.optim.Adam,
+    ) -> None:
+        """Join the rules given or, where parameters were given, ordinary ones over them."""
+        if upper is lower and isinstance(upper, Optimizer):
+            raise ValueError("upper and lower are the same optimizer; each level needs its own")
+        upper_rule = levels.build(upper, "upper", upper_lr, default_lr=1e-3)
+        lower_rule = levels.build(lower, "lower", lower_lr, default_lr=1e-3, make=make_lower)
+        levels.check_disjoint(upper_rule, lower_rule)
+        rules.check(upper_rule, "upper")
+        rules.check(lower_rule, "lower")
+        rules.warn_of_coarse(lower_rule)
+        self._join(upper_rule, lower_rule)
+
+    def _join(self, upper: Optimizer, lower: Optimizer) -> None:
+        """Start life with these two rules, in the way unpickling does."""
+        self.upper, self.lower = upper, lower
+        self._scope = Scope()
+        self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
+        self._has_two_rates = rules.rates(upper, "lr") != rules.rates(lower, "lr")
+        # Schedulers that cycle momentum look here for what all groups have.
+        common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}
+        super().__setstate__({"defaults": common})
+
+    def _rules(self) -> dict[str, Optimizer]:
+        return {"upper": self.upper, "lower": self.lower}
+
+    # torch.optim.Optimizer keeps these two as plain attributes; here they are views.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """All groups, in the order they were added; each says its ``"level"``."""
+        waiting: dict[str, Iterator[dict[str, Any]]] = {
+            level: iter(rule.param_groups) for level, rule in self._rules().items()
+        }
+        groups = [next(waiting[level]) for level in self._order]
+        for level, rest in waiting.items():  # added to a rule behind this object's back
+            for group in rest:
+                levels.mark(group, level)  # type: ignore[arg-type]
+                self._order.append(level)
+                groups.append(group)
+        # Torch's tools load into what a live group has.
+        self.lower.param_groups[0].setdefault(checkpoint.GROUP, {})
+        return groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The state of all parameters: a new mapping onto the rules' own entries.
+
+        Those of lower parameters have the multiplier and whatever else is kept for each beside
+        them. Empty where the rules have none yet: torch's checkpoint tools then ask for it.
+        """
+        held = {**self.upper.state, **self.lower.state}
+        begun = self._is_complete or self._counts["gradient_evaluations"] > 0
+        if not begun and not (self.upper.state and self.lower.state):
+            return defaultdict(dict)
+        lower = levels.parameters(self.lower)
+        entries, _ = checkpoint.spread(self._own_state(), self._lists(), len(lower))
+        held |= {p: {**held.get(p, {}), **e} for p, e in zip(lower, entries, strict=True)}
+        for parameter in levels.parameters(self.upper):
+            held[parameter] = held.get(parameter) or {checkpoint.STATELESS: 1}
+        return defaultdict(dict, held)
+
+    def _begun(self, upper: Any, lower: Any, closure: Any) -> tuple[Any, Any] | None:
+        """The closures of ``step``; None if torch's checkpoint tools called it, for the state."""
+        if upper is lower is closure is None and self._completes_state():
+            return None
+        both = both_of(upper, lower, closure)
+        if self._has_two_rates:
+            self._warn_of_one_rate()
+        return both
+
+    def _warn_of_one_rate(self) -> None:
+        # Where ordinary schedulers start they keep; a rate that they are told overwrites it.
+        starts = [rules.rates(rule, "initial_lr") for rule in self._rules().values()]
+        if None not in starts[0] and len(starts[0]) == 1 and starts[0] == starts[1]:
+            self._has_two_rates = False
+            warnings.warn(
+                "a scheduler gave both levels one learning rate, though they were built with two "
+                "(OneCycleLR or CyclicLR with one number?); give it a list with one entry per "
+                "group of optimizer.param_groups, e.g. OneCycleLR(optimizer, max_lr=[0.1, 0.01])",
+                BilevelWarning,
+                stacklevel=4,
+            )
+
+    def _completes_state(self) -> bool:
+        """Give every parameter its entries, if torch's checkpoint tools ask for it.
+
+        They call ``step`` without closures, with zero gradients and learning rates, on an optimizer
+        without state, so that there is something to load into.
+        """
+        grads = [p.grad for p in (*self._point().upper, *self._point().lower)]
+        fresh = not self.state and all(g is not None and not bool(g.any()) for g in grads)
+        if not fresh or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        for rule in self._rules().values():
+            rule.step()
+        self._is_complete = True
+        return True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the level named by its ``"level"`` entry.
+
+        Raises:
+            ValueError: no level, an unknown one, a parameter that some group already holds, or an
+                option that would change the level's problem.
+        """
+        level = param_group.get("level")
+        if level not in ("upper", "lower"):
+            raise ValueError(f'a parameter group needs "level": "upper" or "lower", got {level!r}')
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        group = dict(param_group)
+        params = group["params"]
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        if any(id(p[1] if isinstance(p, tuple) else p) in held for p in group["params"]):
+            raise ValueError("a parameter of the new group is already in a group of either level")
+        rule = self._rules()[level]
+        held_here = levels.named(self.upper, "upper") + levels.named(self.lower, "lower")
+        new = [
+            p if isinstance(p, tuple) else (f"the new group's [{i}]", p)
+            for i, p in enumerate(group["params"])
+        ]
+        levels.check_memory([*held_here, *new])
+        rules.check_group(rule, rule.defaults | group, level, self._lower_is_map())
+        rule.add_param_group(group)
+        self._order.append(level)
+        self._group_added(level, group["params"])
+
+    def _point(self) -> Pair:
+        """The parameters that move, as they are now."""
+        upper, lower = levels.parameters(self.upper), levels.parameters(self.lower)
+        moving = [tuple(p for p in level if p.requires_grad) for level in (upper, lower)]
+        if not moving[1]:
+            raise ValueError(
+                "every parameter of lower is frozen (requires_grad False), so there is no lower "
+                "problem; thaw some, or train upper by its own optimizer meanwhile"
+            )
+        shapes = [tuple(q.shape) for q in self._adjoint]
+        for i, (name, parameter) in enumerate(levels.named(self.lower, "lower")):
+            if shapes[i : i + 1] != [tuple(parameter.shape)]:
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(parameter.shape)} is not what its group "
+                    "held when the optimizer was built; add tensors by add_param_group of this "
+                    "optimizer, or build a new one"
+                )
+        return Pair(*moving)
+
+    def _moving_upper_names(self) -> list[str]:
+        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
+        return [name for name, p in named if p.requires_grad]
+
+    def _moving_lower_names(self) -> list[str]:
+        return [name for name, p in levels.named(self.lower, "lower") if p.requires_grad]
+
+    def _devices(self) -> list[torch.device]:
+        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
+
+    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _own_state(self) -> checkpoint.Memory:
+        """What is remembered beside the rules' own state, for a checkpoint."""
+        raise NotImplementedError
+
+    def _lists(self) -> tuple[str, ...]:
+        """Names in ``_own_state`` of lists with an entry per lower parameter, or empty."""
+        raise NotImplementedError
+
+    def _lower_is_map(self) -> bool:
+        raise NotImplementedError
+
+    # Pickle, deepcopy.
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not the rest of __dict__: schedulers wrap ``step`` on the instance, and hooks, as torch
+        # has it, are not pickled.
+        return {name: self.__dict__[name] for name in self._fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = {k: v for k, v in state.items() if k not in ("param_groups", "state")}
+        super().__setstate__(own)
+        if "param_groups" in state:  # from load_state_dict, which builds new groups and state
+            for level, rule in self._rules().items():
+                groups = [g for g in state["param_groups"] if g["level"] == level]
+                held = [p for g in groups for p in g["params"] if p in state["state"]]
+                moments = {p: state["state"][p] for p in held}
+                rule.__setstate__({"param_groups": groups, "state": defaultdict(dict, moments)})

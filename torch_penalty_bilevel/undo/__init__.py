@@ -1,0 +1,1 @@
+"""What a step must be able to put back: buffers, random numbers, values, the memory of rules."""
