@@ -5,7 +5,7 @@ of the tests that cover each line (one run of the whole suite); each mutation th
 tests, the fastest first, until one fails.
 
     python tests/mutations/run.py                    # all: about half an hour on two cores
-    python tests/mutations/run.py --only 'rows*'     # by name, or by file: --only 'solve/*'
+    python tests/mutations/run.py --only 'rows*'     # by name, or by file: --only 'newton/*'
     python tests/mutations/run.py --resume           # go on, keep verdicts that still hold
 """
 

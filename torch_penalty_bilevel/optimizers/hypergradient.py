@@ -12,7 +12,6 @@ from torch import Tensor
 from .. import curvature as engines
 from .. import levels
 from ..adapters import closures
-from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import Constraint, upper_projection
 from ..checks.suspicions import DependenceWatch
 from ..curvature import Curvature
@@ -176,10 +175,10 @@ class HypergradientOptimizer(TwoLevelMemory):
 
     def step(  # type: ignore[override]
         self,
-        upper_closure: Closures = None,
-        lower_closure: Closure | None = None,
+        upper_closure: closures.Closures = None,
+        lower_closure: closures.Closure | None = None,
         *,
-        closure: Closures = None,
+        closure: closures.Closures = None,
     ) -> Tensor:
         """``lower_steps`` updates of v, an adjoint, one update of u.
 
