@@ -12,6 +12,7 @@ from .protocol import Losses as Losses
 from .protocol import Penalty as Penalty
 from .protocol import Reduce as Reduce
 from .protocol import one_worker as one_worker
+from .residual import evaluate_residual as evaluate_residual
 from .stationarity import Stationarity as Stationarity
 from .value_gap import ValueGap as ValueGap
 
