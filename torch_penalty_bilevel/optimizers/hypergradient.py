@@ -214,10 +214,10 @@ class HypergradientOptimizer(TwoLevelMemory):
         return self._adjoint
 
     def _step(self, losses: Losses) -> Tensor:
-        number, point, names = self._counts["steps"], self._point(), self._moving_upper_names()
-        self._look(losses, point, names, self._moving_lower_names())
+        number, here = self._counts["steps"], self._here()
+        self._look(losses, here)
         place = f"in step {number + 1}; nothing was changed"
-        at, is_map = (losses, point, self.curvature), self.lower_is_map
+        at, is_map = (losses, here.at, self.curvature), self.lower_is_map
         problem = Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
         if self.warm_start not in (True, "lower"):
             # Not the v of construction: parameters may have been loaded since.
@@ -229,14 +229,14 @@ class HypergradientOptimizer(TwoLevelMemory):
         estimate = estimated(problem, self.method, self._options_at(number), visits)
         if estimate.broke_down:
             raise NonFiniteError(f"adjoint: {estimate.solution.message}; {place}")
-        face = self._restriction.faces(point.upper, estimate.hypergradient)
+        face = self._restriction.faces(here.at.upper, estimate.hypergradient)
         evaluation = estimate.on_face(face, problem.evaluations)
-        measured = measure(evaluation, names, number + 1)
-        self._check_used(losses, point, names, evaluation, self.method == "alternating")
+        measured = measure(evaluation, here.upper_names, number + 1)
+        self._check_used(losses, here, evaluation, self.method == "alternating")
         self._dependence.listen(measured.silent)
         self._record(evaluation, measured)
         levels.give(self.upper, evaluation.upper_grad)
-        with evaluation.upper_face.retracting(point.upper):
+        with evaluation.upper_face.retracting(here.at.upper):
             rows.step_touched_rows(self.upper)
         return evaluation.upper_loss
 

@@ -14,10 +14,9 @@ from ..curvature import Curvature
 from ..evaluation import Evaluation
 from ..levels import checkpoint, rules
 from ..penalties import Losses
-from ..tensors import Pair
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import all_or_nothing
-from .two_level import TwoLevelOptimizer
+from .two_level import Here, TwoLevelOptimizer
 
 
 class TwoLevelMemory(TwoLevelOptimizer):
@@ -27,24 +26,24 @@ class TwoLevelMemory(TwoLevelOptimizer):
     allow_unused: bool
     _dependence: DependenceWatch
 
-    def _look(self, losses: Losses, at: Pair, upper: Sequence[str], lower: Sequence[str]) -> Losses:
-        """Does what is named depend on what it should, where that is to be asked?"""
+    def _look(self, losses: Losses, here: Here) -> Losses:
+        """Does everything here depend on what it should, where that is to be asked?"""
         how = self._scope, self.allow_unused, self._lower_is_map(), self.curvature
-        return self._dependence.look(losses, at, upper, lower, *how)
+        return self._dependence.look(losses, here.at, here.upper_names, here.lower_names, *how)
 
     def _check_used(
         self,
         losses: Losses,
-        at: Pair,
-        names: Sequence[str],
+        here: Here,
         evaluation: Evaluation,
         direct_only: bool = False,
     ) -> list[str]:
         """Names of the upper parameters without a gradient; raises unless that is allowed."""
-        unused = [n for n, g in zip(names, evaluation.upper_grad, strict=True) if g is None]
+        pairs = zip(here.upper_names, evaluation.upper_grad, strict=True)
+        unused = [name for name, gradient in pairs if gradient is None]
         if unused and not self.allow_unused:
             self._dependence.due = True  # is it the lower level that nothing depends on?
-            self._look(losses, at, names, [])
+            self._look(losses, here._replace(lower_names=[]))
             raise_unused(unused, direct_only=direct_only)
         return unused
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,8 +31,18 @@ from ..undo.buffers import BufferGuard
 from ..undo.rule_memory import Moments
 from ..undo.transaction import rehearsal
 from .penalty_memory import RemembersDual
+from .two_level import Here
 
-Evaluate: TypeAlias = Callable[[bool], tuple[Evaluation, Norms]]
+
+class Seen(NamedTuple):
+    """One evaluation, and where it was made."""
+
+    evaluation: Evaluation
+    norms: Norms
+    here: Here
+
+
+Evaluate: TypeAlias = Callable[[bool], Seen]
 
 
 class PenaltyBilevelOptimizer(RemembersDual):
@@ -200,30 +210,30 @@ class PenaltyBilevelOptimizer(RemembersDual):
         one_evaluation = shared and self.lower_steps == 1
         with self._undone_on_error(*both, [] if one_evaluation else [self.lower]) as evaluate:
             for _ in range(self.lower_steps - 1):
-                self._move_lower(*evaluate(False))
-            evaluation, norms = evaluate(shared)
-            self._move_lower(evaluation, norms)
+                self._move_lower(evaluate(False))
+            seen = evaluate(shared)
+            self._move_lower(seen)
             if not shared:
-                evaluation, norms = evaluate(True)
-                self._adjoint = self._merged(evaluation.adjoint)
-            self._move_upper(evaluation, norms, hold=self._warms_up(norms))
-        return evaluation.upper_loss
+                seen = evaluate(True)
+                self._adjoint = self._merged(seen.evaluation.adjoint, seen.here)
+            self._move_upper(seen, hold=self._warms_up(seen.norms))
+        return seen.evaluation.upper_loss
 
     def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of v and of the multiplier, blind to u; returns f. See ``step``."""
         with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            evaluation, norms = evaluate(False)
-            self._move_lower(evaluation, norms)
-        return evaluation.upper_loss
+            seen = evaluate(False)
+            self._move_lower(seen)
+        return seen.evaluation.upper_loss
 
     def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of u from a fresh evaluation; returns f. See ``step``."""
         with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            evaluation, norms = evaluate(True)
-            self._adjoint = self._merged(evaluation.adjoint)
-            self._move_upper(evaluation, norms)
+            seen = evaluate(True)
+            self._adjoint = self._merged(seen.evaluation.adjoint, seen.here)
+            self._move_upper(seen)
         self._opt_called = True  # schedulers warn unless step() was called; this stands for it
-        return evaluation.upper_loss
+        return seen.evaluation.upper_loss
 
     def check_hypergradient(
         self,
@@ -252,10 +262,10 @@ class PenaltyBilevelOptimizer(RemembersDual):
         options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
         with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
-            at, names = self._point(), self._moving_upper_names()
-            dual, step = self._dual.only(self._moving_lower()), self._counts["steps"] + 1
+            here, step = self._here(), self._counts["steps"] + 1
+            dual, how = self._dual.only(self._moving(here)), (self.penalty, self.curvature)
             subject = self_check.Subject(
-                losses, at, names, dual, self.penalty, self.curvature, self.reduce, step
+                losses, here.at, here.upper_names, dual, *how, self.reduce, step
             )
             return self_check.check(subject, options)
 
@@ -264,19 +274,19 @@ class PenaltyBilevelOptimizer(RemembersDual):
         """What the last evaluation saw; made when asked for, as most steps are not."""
         return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
 
-    def _move_lower(self, evaluation: Evaluation, norms: Norms) -> None:
-        rule, moving = self.penalty.rule, self._moving_lower()
+    def _move_lower(self, seen: Seen) -> None:
+        evaluation, norms, here = seen
+        rule, moving, lower = self.penalty.rule, self._moving(here), here.at.lower
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
-        lower = self._point().lower
         advanced = rule.follow(advanced, evaluation, self._moves(lower, norms))
         levels.give(self.lower, norms.heard(direction))
         with evaluation.lower_face.retracting(lower):
             rules.step_without_decay(self.lower)
         advanced = self._sets.lower.ascend_jointly(rule, dual, advanced, evaluation)
-        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
+        self._dual = self._dual.merged(advanced, moving, here.lower)
         adjoint = rule.adjoint(advanced, evaluation.residual)
-        self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint))
+        self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint), here)
 
     def _moves(self, lower: Tensors, norms: Norms) -> Move:
         """How the lower rule would move another point than v."""
@@ -295,16 +305,16 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
         return left > 0 and not ready
 
-    def _move_upper(self, evaluation: Evaluation, norms: Norms, hold: bool = False) -> None:
-        point = self._point().upper
+    def _move_upper(self, seen: Seen, hold: bool = False) -> None:
+        evaluation, norms, here = seen
         levels.give(self.upper, evaluation.upper_grad)
         if not hold:
-            with evaluation.upper_face.retracting(point):
+            with evaluation.upper_face.retracting(here.at.upper):
                 rows.step_touched_rows(self.upper)
             self._sets.upper.ascend(evaluation.upper_values)
-        moving = self._moving_lower()
+        moving = self._moving(here)
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
-        self._dual = self._dual.merged(advanced, moving, levels.parameters(self.lower))
+        self._dual = self._dual.merged(advanced, moving, here.lower)
         self._counts["steps"] += 1
 
     # One evaluation.
@@ -318,22 +328,22 @@ class PenaltyBilevelOptimizer(RemembersDual):
             losses = self._losses(upper_closure, lower_closure, guard)
             yield lambda for_upper: self._evaluate(losses, for_upper)
 
-    def _evaluate(self, losses: Losses, for_upper: bool) -> tuple[Evaluation, Norms]:
+    def _evaluate(self, losses: Losses, for_upper: bool) -> Seen:
         """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
-        at, names = self._point(), self._moving_upper_names()
-        self._dual = self._sets.start(losses, at, self._dual)
+        here = self._here()
+        self._dual = self._sets.start(losses, here.at, self._dual)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
-        at = self._sets.extended(at)
-        losses = self._look(losses, at, names, self._moving_lower_names())
+        both = here._replace(at=self._sets.extended(here.at))
+        losses = self._look(losses, both)
         if not for_upper and self.curvature.reads_live:
-            at, names = Pair((), at.lower), []
-        at = self.curvature.point(at)
-        dual = self._dual.only(self._moving_lower())
+            both = both._replace(at=Pair((), both.at.lower), upper_names=[])
+        at, names = self.curvature.point(both.at), both.upper_names
+        dual = self._dual.only(self._moving(here))
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
         evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
         self.curvature.observe(norms.adjoint_residual, norms.slope)
-        unused = self._check_used(losses, at, names, evaluation)
+        unused = self._check_used(losses, both, evaluation)
         self._dependence.listen(norms.silent)
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
@@ -342,7 +352,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         cost = self._counts["gradient_evaluations"]
         weights = dual.weight, dual.damping
         self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, weights, cost
-        return evaluation, norms
+        return Seen(evaluation, norms, here)
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
         rest = self.upper, self.lower, guard, self._lower_is_map(), self._sets.inequalities

@@ -15,15 +15,16 @@ from ..multipliers import DualState
 from ..penalties import Penalty
 from ..tensors import Tensors, clones, placed, zeros_for
 from .memory import TwoLevelMemory
+from .two_level import Here
 
-Seen: TypeAlias = tuple[Tensor, Tensor, Norms, tuple[float, float], int]
+Reported: TypeAlias = tuple[Tensor, Tensor, Norms, tuple[float, float], int]
 """Of the last evaluation, for ``Metrics.of``."""
 
 
 class _Remembered(NamedTuple):
     dual: DualState
     adjoint: Tensors
-    seen: Seen | None
+    seen: Reported | None
     counts: dict[str, int]
     multipliers: tuple[Tensors, Tensors]
 
@@ -34,7 +35,7 @@ class RemembersDual(TwoLevelMemory):
     penalty: Penalty
     _sets: Restrictions
     _dual: DualState
-    _seen: Seen | None
+    _seen: Reported | None
 
     def restart_lower(self) -> None:
         """Say that v, as it is now, starts on another lower problem: new tasks with new heads.
@@ -59,14 +60,16 @@ class RemembersDual(TwoLevelMemory):
         """Mu >= 0 of each upper, z >= 0 of each lower ``Inequality``; empty before a step."""
         return {k: clones(held) for k, held in self._sets.saved().items()}
 
-    def _moving_lower(self) -> list[bool]:
-        moving = [p.requires_grad for p in levels.parameters(self.lower)]
-        return moving + [True] * len(self._sets.lower.multipliers)
+    def _moving(self, here: Here) -> list[bool]:
+        """Which lower parameters and multipliers of inequalities move: of these, all."""
+        return here.moves + [True] * len(self._sets.lower.multipliers)
 
-    def _merged(self, adjoint: Tensors) -> Tensors:
+    def _merged(self, adjoint: Tensors, here: Here) -> Tensors:
         """``adjoint`` of the moving lower parameters, with the multiplier for the others."""
+        if all(here.moves):
+            return adjoint
         fresh = iter(adjoint)
-        pairs = zip(self._dual.multiplier, self._moving_lower(), strict=True)
+        pairs = zip(self._dual.multiplier, self._moving(here), strict=True)
         return tuple(next(fresh) if moves else held for held, moves in pairs)
 
     # What TwoLevelMemory asks of its subclasses.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ from ..errors import BilevelWarning
 from ..levels import checkpoint, rules
 from ..tensors import Pair, Tensors
 from ..undo.scope import Scope
+
+
+class Here(NamedTuple):
+    """The parameters of both levels at one moment."""
+
+    at: Pair
+    """Those that move."""
+    upper_names: list[str]
+    """Of those that move."""
+    lower_names: list[str]
+    lower: Tensors
+    """All of the lower level."""
+    moves: list[bool]
+    """Which of them."""
 
 
 class TwoLevelOptimizer(Optimizer):
@@ -138,7 +152,8 @@ class TwoLevelOptimizer(Optimizer):
         They call ``step`` without closures, with zero gradients and learning rates, on an optimizer
         without state, so that there is something to load into.
         """
-        grads = [p.grad for p in (*self._point().upper, *self._point().lower)]
+        at = self._here().at
+        grads = [p.grad for p in (*at.upper, *at.lower)]
         fresh = not self.state and all(g is not None and not bool(g.any()) for g in grads)
         if not fresh or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
@@ -175,31 +190,32 @@ class TwoLevelOptimizer(Optimizer):
         self._order.append(level)
         self._group_added(level, group["params"])
 
-    def _point(self) -> Pair:
-        """The parameters that move, as they are now."""
-        upper, lower = levels.parameters(self.upper), levels.parameters(self.lower)
-        moving = [tuple(p for p in level if p.requires_grad) for level in (upper, lower)]
-        if not moving[1]:
+    def _here(self) -> Here:
+        """The parameters as they are now; raises ``ValueError`` where they cannot be stepped."""
+        upper, lower = levels.named(self.upper, "upper"), levels.named(self.lower, "lower")
+        moves = [p.requires_grad for _, p in lower]
+        if not any(moves):
             raise ValueError(
                 "every parameter of lower is frozen (requires_grad False), so there is no lower "
                 "problem; thaw some, or train upper by its own optimizer meanwhile"
             )
         shapes = [tuple(q.shape) for q in self._adjoint]
-        for i, (name, parameter) in enumerate(levels.named(self.lower, "lower")):
+        for i, (name, parameter) in enumerate(lower):
             if shapes[i : i + 1] != [tuple(parameter.shape)]:
                 raise ValueError(
                     f"parameter {name!r} of shape {tuple(parameter.shape)} is not what its group "
                     "held when the optimizer was built; add tensors by add_param_group of this "
                     "optimizer, or build a new one"
                 )
-        return Pair(*moving)
-
-    def _moving_upper_names(self) -> list[str]:
-        named = zip(levels.names(self.upper, "upper"), levels.parameters(self.upper), strict=True)
-        return [name for name, p in named if p.requires_grad]
-
-    def _moving_lower_names(self) -> list[str]:
-        return [name for name, p in levels.named(self.lower, "lower") if p.requires_grad]
+        moving = [(n, p) for n, p in upper if p.requires_grad]
+        below = [(n, p) for n, p in lower if p.requires_grad]
+        return Here(
+            at=Pair(tuple(p for _, p in moving), tuple(p for _, p in below)),
+            upper_names=[name for name, _ in moving],
+            lower_names=[name for name, _ in below],
+            lower=tuple(p for _, p in lower),
+            moves=moves,
+        )
 
     def _devices(self) -> list[torch.device]:
         return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
