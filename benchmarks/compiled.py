@@ -56,27 +56,33 @@ def seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     return (time.perf_counter() - began) / 10
 
 
-def row(width: int) -> str:
+def row(width: int, rounds: int, backend: str) -> str:
     """A line of the table."""
     eager, arguments = call(width)
-    compiled = torch.compile(eager, fullgraph=True)
+    compiled = torch.compile(eager, fullgraph=True, backend=backend)
     began = time.perf_counter()
     first = compiled(*arguments)
     compiling = time.perf_counter() - began
     for name, gradient in eager(*arguments).lower_grad.items():
         torch.testing.assert_close(first.lower_grad[name], gradient)
-    pairs = [(seconds(eager, arguments), seconds(compiled, arguments)) for _ in range(15)]
+    pairs = [(seconds(eager, arguments), seconds(compiled, arguments)) for _ in range(rounds)]
     ratio = statistics.median(fast / slow for slow, fast in pairs)
     slow, fast = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
     return f"| {width} | {slow:.2f} | {fast:.2f} | {ratio:.2f} | {compiling:.0f} |"
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 256, 1024])
+    parser.add_argument("--rounds", type=int, default=15, help="of ten calls each (15)")
+    parser.add_argument("--backend", default="inductor", help="aot_eager compiles no C++")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row(width) for width in tqdm((16, 256, 1024), unit="width")]
+    rows = [
+        row(width, chosen.rounds, chosen.backend) for width in tqdm(chosen.widths, unit="width")
+    ]
     print("\n| h | eager, ms | compiled, ms | ratio | seconds to compile |\n|---|---|---|---|---|")
     print("\n".join(rows))
     print(

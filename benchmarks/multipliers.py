@@ -88,6 +88,8 @@ class Job(NamedTuple):
     problem: str
     seed: int
     data: Path
+    share: float
+    """Of the upper steps."""
 
 
 class End(NamedTuple):
@@ -111,6 +113,7 @@ def followed(
     job: Job, u: Tensor, v: Tensor, f: Loss, g: Loss, steps: int, score: Callable[[], float]
 ) -> End:
     """A deterministic run."""
+    steps = max(1, int(job.share * steps))
     optimizer = PenaltyBilevelOptimizer(
         [u],
         lower_rule(job, [v], 0.1),
@@ -196,7 +199,8 @@ def cleaning(job: Job) -> End:
     )
     generator = torch.Generator().manual_seed(job.seed)
     largest = 0.0
-    for step in range(1, 401):
+    steps = max(1, int(400 * job.share))
+    for step in range(1, steps + 1):
         here, there = (
             torch.randperm(len(labels), generator=generator)[: rows.BATCH]
             for labels in (problem.labels, problem.clean_labels)
@@ -216,7 +220,7 @@ def cleaning(job: Job) -> End:
             return End(math.inf, math.nan, False, math.inf)
         if step % 100 == 0:
             largest = max(largest, float(rules.flat(optimizer.adjoint).norm()))
-    cost = optimizer.metrics.gradient_evaluations / 400
+    cost = optimizer.metrics.gradient_evaluations / steps
     return End(rows.score(logits.detach().sigmoid(), problem)["auc"], cost, False, largest)
 
 
@@ -255,10 +259,11 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, default=3, help="of the analytic problems (3)")
     parser.add_argument("--data", type=Path, default=rows.default_folder("mnist"), help="of MNIST")
+    parser.add_argument("--share", type=float, default=1.0, help="of the upper steps (1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
     options = parser.parse_args()
     jobs = [
-        Job(rule, problem, seed, options.data)
+        Job(rule, problem, seed, options.data, options.share)
         for problem in options.problems
         for rule in options.rules
         for seed in range(options.seeds if problem in ANALYTIC else 1)

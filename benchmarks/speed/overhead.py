@@ -36,8 +36,8 @@ class _NoGenerators:
 
 
 @contextlib.contextmanager
-def _unguarded(guard: Any, level: str) -> Generator[None]:
-    del guard, level
+def _unguarded(guard: Any, level: str, function: Any) -> Generator[None]:
+    del guard, level, function
     yield
 
 

@@ -50,8 +50,8 @@ class HeavyBall(MultiplierRule):
 def main() -> None:
     u, v = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     b, penalty = torch.tensor([1.0, -2.0]), Stationarity(HeavyBall())
-    optimizer = PenaltyBilevelOptimizer([u], [v], penalty=penalty, upper_lr=0.01, lower_lr=0.05)
-    for _ in range(3000):
+    optimizer = PenaltyBilevelOptimizer([u], [v], penalty=penalty, upper_lr=0.02, lower_lr=0.1)
+    for _ in range(1000):
         optimizer.step(lambda: (v - b).square().sum(), lambda: (v - u).square().sum())
     print(f"u = {u.tolist()}, should be {b.tolist()}")
 

@@ -49,9 +49,9 @@ def main() -> None:
     u, v = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     b = torch.tensor([1.0, -2.0])
     optimizer = PenaltyBilevelOptimizer(
-        [u], [v], penalty=Regularised(1.0), upper_lr=0.01, lower_lr=0.05
+        [u], [v], penalty=Regularised(1.0), upper_lr=0.02, lower_lr=0.1
     )
-    for _ in range(3000):  # v = u / 2, so u = 2 b
+    for _ in range(1000):  # v = u / 2, so u = 2 b
         optimizer.step(lambda: (v - b).square().sum(), lambda: (v - u).square().sum() / 2)
     print(f"u = {u.tolist()}, should be {(2 * b).tolist()}")
 

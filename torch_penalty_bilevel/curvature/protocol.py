@@ -33,11 +33,12 @@ class Linearised(NamedTuple):
     """w -> (dr/dv) w of a map; None of a loss, where H is symmetric and ``product`` serves."""
 
 
-class Curvature(Protocol):
+class Curvature:
     """One way to get first derivatives of a loss and second-order products of the lower one.
 
-    Subclass it: what is below ``linearise`` has defaults, for an engine without memory that takes
-    exact products of live tensors.
+    Subclass it: all but ``gradient`` and ``linearise`` has defaults, for an engine without memory
+    that takes exact products of live tensors. (A class and not a ``Protocol``, of which
+    ``torch.compile`` can make no instance.)
     """
 
     name: str
@@ -58,11 +59,11 @@ class Curvature(Protocol):
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         """The detached value of ``loss`` and its gradient for both levels."""
-        ...
+        raise NotImplementedError
 
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         """``loss`` linearised at ``at``; ``reusable`` allows several products."""
-        ...
+        raise NotImplementedError
 
     def point(self, at: Pair) -> Pair:
         """``at`` as ``loss`` wants it; what is returned moves with it."""
@@ -99,7 +100,7 @@ class Curvature(Protocol):
 
 
 @runtime_checkable
-class MapCurvature(Curvature, Protocol):
+class MapCurvature(Protocol):
     """An engine that can also serve a lower level given as a map."""
 
     def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
