@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
+import sys
+import warnings
+from types import FrameType
+
+import torch
+
 
 class BilevelError(RuntimeError):
     """Base class of the errors this package raises while it computes."""
@@ -37,3 +46,19 @@ class NondeterministicClosureError(BilevelError):
 
 class BilevelWarning(RuntimeWarning):
     """The computation went on, but a result deserves a second look."""
+
+
+_INSIDE = (
+    f"{pathlib.Path(__file__).parent}{os.sep}",
+    f"{pathlib.Path(torch.__file__).parent}{os.sep}",
+    contextlib.__file__,
+)
+
+
+def warn(message: str) -> None:
+    """A ``BilevelWarning`` at the line of the user's that led here, however deep this is."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, BilevelWarning, stacklevel=level)

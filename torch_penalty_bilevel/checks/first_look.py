@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..curvature import Curvature, Loss
-from ..errors import BilevelWarning
+from ..errors import warn
 from ..penalties import Losses
 from ..tensors import Pair
 from ..undo.random_state import RandomState
@@ -57,12 +56,10 @@ class _Compared(_Remembered):
         if self._calls == 1:
             self._value = _numbers(fresh)
         elif again and not _agree(first, _numbers(fresh)):
-            warnings.warn(
+            warn(
                 f"{self._name}, called again at the same point with the same random numbers, "
                 "returned something else (next(loader) inside?). This curvature calls it once more "
                 "in the first step; draw the batch outside",
-                BilevelWarning,
-                stacklevel=2,
             )
         return fresh
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 
 from ..curvature import Curvature
-from ..errors import BilevelWarning, UnusedParameterError
+from ..errors import UnusedParameterError, warn
 from ..penalties import Losses
 from ..tensors import Pair
 from ..undo.random_state import RandomState
@@ -44,12 +43,10 @@ def check_dependence(
     if unused and not allow_unused:
         raise_unused(unused)
     if names and not any(found.residual):
-        warnings.warn(
+        warn(
             f"{'Phi' if lower_is_map else 'grad_v g'} does not depend on any upper parameter, so v "
             "does not respond to u and the hypergradient is the plain gradient of f; are the two "
             "closures swapped?",
-            BilevelWarning,
-            stacklevel=6,
         )
     return found
 
@@ -104,12 +101,10 @@ class DependenceWatch:
         missing = [n for n, used in zip(lower_names, found.lower, strict=False) if not used]
         if new := [n for n in missing if n not in self._named]:
             self._named.update(new)
-            warnings.warn(
+            warn(
                 f"the lower loss does not depend on the lower parameters {new}, so nothing trains "
                 "them: was a layer replaced after the optimizer was built (add the new one by "
                 "add_param_group), is a part of the network not used, or not in this batch?",
-                BilevelWarning,
-                stacklevel=6,
             )
 
     def listen(self, silent: Sequence[bool]) -> None:
@@ -151,14 +146,12 @@ def _check_kept_state(losses: Losses, at: Pair, scope: Scope, called: bool) -> N
         suspects = {n: t for n, t in before.items() if not torch.equal(t, scope.rebound[n])}
     kept = [*scope.written, *suspects]
     if kept:
-        warnings.warn(
+        warn(
             f"a closure moves {kept}, which it keeps between its calls: a step evaluates each "
             "closure several times, so a state of its own moves as often, and losses that read it "
             "are not the same function twice. Make it a buffer of a module "
             "(register_buffer; those move once per step), or move it outside the closure, after "
             "the step",
-            BilevelWarning,
-            stacklevel=5,
         )
 
 
@@ -183,11 +176,9 @@ def zeros_in_a_row(before: int, vanished: bool) -> int:
         return 3
     count = before + 1 if vanished else 0
     if count == 3:
-        warnings.warn(
+        warn(
             "the hypergradient was exactly zero three times in a row: either u is at a stationary "
             "point, or the losses do not see it (a detach, an argmax, a rounding or a dead "
             "activation on the way?)",
-            BilevelWarning,
-            stacklevel=5,
         )
     return count

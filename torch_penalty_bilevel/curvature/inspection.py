@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import BilevelWarning, DoubleBackwardError
+from .. import errors
+from ..errors import DoubleBackwardError
 from ..tensors import Tensors
 from ..undo.process_wide import ProcessWide
 from . import autograd_graph as graph
@@ -64,4 +63,4 @@ def warn(message: str) -> None:
         "(sdpa_kernel(SDPBackend.MATH) for attention, the module without torch.compile); "
         'curvature="finite_difference" says that differences are wanted'
     )
-    warnings.warn(f"{message.rstrip('. ')}. {remedy}", BilevelWarning, stacklevel=7)
+    errors.warn(f"{message.rstrip('. ')}. {remedy}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Generator
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..curvature import Loss
 from ..curvature import autograd_graph as graph
-from ..errors import BilevelWarning
+from ..errors import warn
 from ..tensors import Tensors
 from .around import around
 from .groups import Level, names, parameters
@@ -152,10 +151,8 @@ def warn_of_coarse(lower: Optimizer) -> None:
         if p.requires_grad and torch.finfo(p.dtype).bits <= 16
     ]
     if coarse:
-        warnings.warn(
+        warn(
             f"the lower parameters {coarse} have 16 bits: steps below some thousandths of a "
             "parameter are rounded away, so v does not settle and the certificate stays large. "
             "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
-            BilevelWarning,
-            stacklevel=4,
         )

@@ -14,10 +14,9 @@ the averages need as long to fill.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 
-from ..errors import BilevelWarning
+from ..errors import warn
 from ..evaluation import Norms
 from .averages import average
 
@@ -63,7 +62,7 @@ class Watch:
         troubled = steps >= patience and self.ratio > limit and self._matters(norms)
         if self.warned or not troubled:
             return self
-        _warn(
+        warn(
             f"||grad_v f + H q|| has been {self.ratio:.2g} times ||grad_v f|| on average over the "
             f"last 100 lower steps (step {steps}), and q = 0 has 1: the hypergradient is not to be "
             "trusted. Lower the learning rate of the upper level, take more lower_steps or larger "
@@ -78,7 +77,7 @@ class Watch:
     def restarted(self, norms: Norms) -> Watch:
         """Of a multiplier that starts again at zero; warns, unless f has just gone."""
         if self._matters(norms):
-            _warn(
+            warn(
                 f"||grad_v f + H q|| has grown to {self.ratio:.2g} times ||grad_v f||: the "
                 "multiplier diverged and restarts from zero. Lower the learning rates; is g "
                 "bounded below in v?"
@@ -94,7 +93,3 @@ class Watch:
 
     def _matters(self, norms: Norms) -> bool:
         return norms.slope > 0 and math.sqrt(self.adjoint_square) > _NEGLIGIBLE * self.slope
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, BilevelWarning, stacklevel=6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import levels
 from ..adapters.closures import both_of
-from ..errors import BilevelWarning
+from ..errors import warn
 from ..levels import checkpoint, rules
 from ..tensors import Pair, Tensors
 from ..undo.scope import Scope
@@ -138,12 +137,10 @@ class TwoLevelOptimizer(Optimizer):
         starts = [rules.rates(rule, "initial_lr") for rule in self._rules().values()]
         if None not in starts[0] and len(starts[0]) == 1 and starts[0] == starts[1]:
             self._has_two_rates = False
-            warnings.warn(
+            warn(
                 "a scheduler gave both levels one learning rate, though they were built with two "
                 "(OneCycleLR or CyclicLR with one number?); give it a list with one entry per "
                 "group of optimizer.param_groups, e.g. OneCycleLR(optimizer, max_lr=[0.1, 0.01])",
-                BilevelWarning,
-                stacklevel=4,
             )
 
     def _completes_state(self) -> bool:
