@@ -23,7 +23,6 @@ from ..tensors import (
     axpy,
     cast_like,
     clones,
-    coarsest_eps,
     dense,
     filled,
     norm,
@@ -72,8 +71,7 @@ class ImplicitProblem:
     @property
     def tolerance(self) -> float:
         """Relative residual of the adjoint equation that products in this dtype can reach."""
-        eps = coarsest_eps(self.at.lower)
-        return 30 * math.sqrt(eps) if self.differences else max(1e-10, 100 * eps)
+        return self.engine.attainable(self.at.lower)
 
     def linearise(self) -> Linear:
         """All derivatives at ``at``, dense, in at least float32."""

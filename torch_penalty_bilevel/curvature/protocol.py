@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 from ..errors import DoubleBackwardError
-from ..tensors import OptionalPair, Pair, Tensors
+from ..tensors import OptionalPair, Pair, Tensors, coarsest_eps
 
 Loss: TypeAlias = Callable[[Tensors, Tensors], Tensor]
 """(upper, lower) -> 0-d loss. Losses made from closures read the live tensors instead."""
@@ -71,6 +71,11 @@ class Curvature:
             return at
         # No outer graph around torch.func's.
         return Pair(tuple(u.detach() for u in at.upper), tuple(v.detach() for v in at.lower))
+
+    def attainable(self, lower: Tensors) -> float:
+        """The relative residual that a linear system with these products can come down to."""
+        eps = coarsest_eps(lower)
+        return 30 * eps**0.5 if self.takes_differences else max(1e-10, 100 * eps)
 
     @property
     def in_use(self) -> Curvature:

@@ -18,3 +18,4 @@ from .problem import Problem as Problem
 from .problem import check_serves_maps as check_serves_maps
 from .pure import HypergradientInfo as HypergradientInfo
 from .pure import pure_hypergradient as pure_hypergradient
+from .unrolled import Visit as Visit

@@ -16,7 +16,6 @@ from ..tensors import (
     OptionalTensors,
     Tensors,
     add,
-    coarsest_eps,
     norm,
     norms,
     scale,
@@ -81,7 +80,9 @@ def estimated(
         NondeterministicClosureError: reverse mode met other data when it repeated a step.
     """
     upper = problem.upper()
-    tolerance = reachable(problem) if options.tolerance is None else options.tolerance
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = problem.engine.attainable(problem.at.lower)
     slope = upper.slope
     if method == "alternating":
         lower_loss, residual = problem.residual()
@@ -115,12 +116,6 @@ def estimated(
     through_upper, product = linear.both(solution.value)
     total = sum_of_optional(upper.direct, through_upper if indirect is None else indirect)
     return Estimate(upper, linear.loss, linear.residual, total, solution, product)
-
-
-def reachable(problem: Problem) -> float:
-    """A relative residual that products in the lower level's dtype can reach."""
-    eps = coarsest_eps(problem.at.lower)
-    return 30 * eps**0.5 if problem.engine.takes_differences else max(1e-10, 100 * eps)
 
 
 def _judged(

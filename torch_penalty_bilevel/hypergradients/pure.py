@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..tensors import Pair, Tensors, axpy, filled, norm, sum_of_optional
-from .estimate import estimated, reachable
+from .estimate import estimated
 from .forward import carry_forward
 from .implicit import usual_step
 from .options import Options
@@ -81,7 +81,7 @@ def _forward(
     upper: Upper = problem.upper()
     _, residual = problem.residual()
     carried = carry_forward(problem, visits, step, upper.slope)
-    bound = (reachable(problem) if tolerance is None else tolerance) * carried.size
+    bound = (_attainable(problem) if tolerance is None else tolerance) * carried.size
     message = _still_moves(problem, residual, step, visits[0], tolerance)
     if not carried.error <= bound:
         message = (
@@ -99,8 +99,12 @@ def _still_moves(
     """Why v_T is not a lower solution yet; empty if it is one to tolerance."""
     end = problem.at.lower
     way = float(norm(axpy(-1.0, start, end))) + float(norm(end))
-    bound = (reachable(problem) if tolerance is None else tolerance) * way
+    bound = (_attainable(problem) if tolerance is None else tolerance) * way
     move = step * float(norm(residual))
     if move <= bound:
         return ""
     return f"the next lower step would still move v by {move:.1e} > {bound:.1e}; raise lower_steps"
+
+
+def _attainable(problem: Problem) -> float:
+    return problem.engine.attainable(problem.at.lower)

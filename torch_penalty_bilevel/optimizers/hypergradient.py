@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch import Tensor
 from .. import curvature as engines
 from .. import levels
 from ..adapters import closures
+from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import Constraint, upper_projection
+from ..checks import self_check
+from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch
+from ..constraints import Faces
 from ..curvature import Curvature
 from ..errors import NonFiniteError
 from ..evaluation import Evaluation, Norms, measure
@@ -22,6 +26,7 @@ from ..hypergradients import (
     Count,
     Options,
     Problem,
+    Visit,
     check_loop,
     check_serves_maps,
     count_at,
@@ -34,20 +39,16 @@ from ..levels import Parameters, rows, rules
 from ..linear_solve import MakeOptimizer
 from ..metrics import Metrics
 from ..penalties import Losses, Reduce, one_worker
-from ..tensors import Tensors, check_like, clones, placed, zeros_for
-from .memory import TwoLevelMemory
+from ..tensors import Tensors, clones, zeros_for
+from ..undo.buffers import BufferGuard
+from ..undo.transaction import rehearsal
+from .hypergradient_memory import RemembersAdjoint
+from .two_level import Here
 
 _OF_LEARNING_RATE = ("neumann", "fixed_point", "stochastic", "one_step")
 
 
-class _Remembered(NamedTuple):
-    adjoint: Tensors
-    first_lower: Tensors
-    metrics: Metrics
-    counts: dict[str, int]
-
-
-class HypergradientOptimizer(TwoLevelMemory):
+class HypergradientOptimizer(RemembersAdjoint):
     r"""Bilevel optimisation by hypergradients: lower steps on g, an adjoint, an upper step.
 
     .. math::
@@ -103,7 +104,7 @@ class HypergradientOptimizer(TwoLevelMemory):
     """
 
     _fields = (
-        *TwoLevelMemory._fields,
+        *RemembersAdjoint._fields,
         "method",
         "lower_steps",
         "inner_iterations",
@@ -175,10 +176,10 @@ class HypergradientOptimizer(TwoLevelMemory):
 
     def step(  # type: ignore[override]
         self,
-        upper_closure: closures.Closures = None,
-        lower_closure: closures.Closure | None = None,
+        upper_closure: Closures = None,
+        lower_closure: Closure | None = None,
         *,
-        closure: closures.Closures = None,
+        closure: Closures = None,
     ) -> Tensor:
         """``lower_steps`` updates of v, an adjoint, one update of u.
 
@@ -205,20 +206,86 @@ class HypergradientOptimizer(TwoLevelMemory):
         if both is None:
             return torch.zeros(())
         with self._undone([self.lower]) as guard:
-            rest = self.upper, self.lower, guard, self.lower_is_map
-            return self._step(closures.losses_of(self.curvature, *both, *rest))
+            return self._step(self._losses(*both, guard))
 
-    @property
-    def adjoint(self) -> Tensors:
-        """The last q, shaped like v; zero before the first step."""
-        return self._adjoint
+    def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
+        """One update of v, blind to u; returns f before it. See ``step``."""
+        with self._undone([self.lower]) as guard:
+            losses, here = self._losses(upper_closure, lower_closure, guard), self._here()
+            self._look(losses, here)
+            problem = self._problem(losses, here)
+            with torch.no_grad():
+                loss = losses.upper(*self.curvature.point(here.at)).detach()
+            take_lower_steps(problem, self.lower, 1, 0)
+            self._counts["gradient_evaluations"] += problem.evaluations
+        return loss
+
+    def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
+        """An adjoint at v as it is and one update of u; returns f. See ``step``.
+
+        Raises:
+            ValueError: ``"reverse"`` goes back through the lower steps of ``step``.
+        """
+        self._check_needs_no_steps("upper_step")
+        with self._undone([]) as guard:
+            losses, here = self._losses(upper_closure, lower_closure, guard), self._here()
+            self._look(losses, here)
+            loss = self._raise(losses, here, self._problem(losses, here), ())
+        self._opt_called = True  # schedulers warn unless step() was called; this stands for it
+        return loss
+
+    def check_hypergradient(
+        self,
+        upper_closure: Closure,
+        lower_closure: Closure,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
+        damping: float = 0.0,
+        resolve: bool | None = None,
+    ) -> HypergradientReport:
+        """What ``upper_step`` would apply here beside exact hypergradients; moves nothing.
+
+        Arguments and report are those of ``PenaltyBilevelOptimizer.check_hypergradient``.
+
+        Raises:
+            ValueError: as ``upper_step``; or the lower level is a map.
+        """
+        self._check_needs_no_steps("check_hypergradient")
+        options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
+        with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
+            losses, here = self._losses(upper_closure, lower_closure, guard), self._here()
+            number = self._counts["steps"]
+
+            def estimate(losses: Losses) -> Evaluation:
+                problem = self._problem(losses, here, copy.deepcopy(self.curvature))
+                found = estimated(problem, self.method, self._options_at(number))
+                return found.on_face(Faces(), 0)
+
+            shift, how = self._options.damping or 0.0, (self.curvature, self.reduce, number + 1)
+            given = losses, here.at, here.upper_names, estimate, shift, self.lower_is_map
+            return self_check.check(self_check.Subject(*given, *how), options)
+
+    def _check_needs_no_steps(self, what: str) -> None:
+        if self.method == "reverse":
+            raise ValueError(
+                f'{what} has no lower steps to go back through, as method="reverse" does; use '
+                'step, or another method ("cg" solves the same equation)'
+            )
+
+    def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
+        rest = self.upper, self.lower, guard, self.lower_is_map
+        return closures.losses_of(self.curvature, upper, lower, *rest)
+
+    def _problem(self, losses: Losses, here: Here, engine: Curvature | None = None) -> Problem:
+        place = f"in step {self._counts['steps'] + 1}; nothing was changed"
+        at, is_map = (losses, here.at, engine or self.curvature), self.lower_is_map
+        return Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
 
     def _step(self, losses: Losses) -> Tensor:
         number, here = self._counts["steps"], self._here()
         self._look(losses, here)
-        place = f"in step {number + 1}; nothing was changed"
-        at, is_map = (losses, here.at, self.curvature), self.lower_is_map
-        problem = Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
+        problem = self._problem(losses, here)
         if self.warm_start not in (True, "lower"):
             # Not the v of construction: parameters may have been loaded since.
             self._first_lower = self._first_lower or clones(levels.parameters(self.lower))
@@ -226,9 +293,16 @@ class HypergradientOptimizer(TwoLevelMemory):
         steps = count_at("lower_steps", self.lower_steps, number)
         kept = (self._options.truncation or steps) if self.method == "reverse" else 0
         visits = take_lower_steps(problem, self.lower, steps, kept)
+        return self._raise(losses, here, problem, visits)
+
+    def _raise(
+        self, losses: Losses, here: Here, problem: Problem, visits: Sequence[Visit]
+    ) -> Tensor:
+        """An adjoint, and the upper step; returns f."""
+        number = self._counts["steps"]
         estimate = estimated(problem, self.method, self._options_at(number), visits)
         if estimate.broke_down:
-            raise NonFiniteError(f"adjoint: {estimate.solution.message}; {place}")
+            raise NonFiniteError(f"adjoint: {estimate.solution.message}; {problem.place}")
         face = self._restriction.faces(here.at.upper, estimate.hypergradient)
         evaluation = estimate.on_face(face, problem.evaluations)
         measured = measure(evaluation, here.upper_names, number + 1)
@@ -264,47 +338,5 @@ class HypergradientOptimizer(TwoLevelMemory):
         seen = evaluation.upper_loss, evaluation.lower_loss
         self.metrics = Metrics.of(*seen, measured, weights, self._counts["gradient_evaluations"])
 
-    # What TwoLevelOptimizer asks of its subclasses.
-
-    def _remembered(self) -> _Remembered:
-        return _Remembered(self._adjoint, self._first_lower, self.metrics, dict(self._counts))
-
-    def _put_back(self, remembered: _Remembered) -> None:
-        self._adjoint, self._first_lower, self.metrics, self._counts = remembered
-
-    def _lists(self) -> tuple[str, ...]:
-        return "adjoint", "first_lower"
-
-    def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
-        if level == "lower":
-            self._adjoint += zeros_for(parameters)
-            self._first_lower += clones(parameters) if self._first_lower else ()
-        self._dependence.due = True
-
     def _lower_is_map(self) -> bool:
         return self.lower_is_map
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "format": 2,
-            "method": self.method,
-            "adjoint": list(self._adjoint),
-            "first_lower": list(self._first_lower),
-            **self._counts,
-            "engine": self._engine_packed(),
-        }
-
-    def _check_own_state(self, own: dict[str, Any]) -> None:
-        if own.get("method") != self.method:
-            raise ValueError(
-                f"the checkpoint was made with method {own.get('method')!r}, this optimizer has "
-                f"{self.method!r}"
-            )
-        check_like("adjoint", own["adjoint"], self._adjoint)
-
-    def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._adjoint = placed(own["adjoint"], self._adjoint)
-        like = levels.parameters(self.lower) if own["first_lower"] else []
-        self._first_lower = placed(own["first_lower"], like)
-        self._counts = {name: own[name] for name in self._counts}
-        self._unpack_engine(own.get("engine", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -263,11 +264,16 @@ class PenaltyBilevelOptimizer(RemembersDual):
         with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
             here, step = self._here(), self._counts["steps"] + 1
-            dual, how = self._dual.only(self._moving(here)), (self.penalty, self.curvature)
-            subject = self_check.Subject(
-                losses, here.at, here.upper_names, dual, *how, self.reduce, step
-            )
-            return self_check.check(subject, options)
+            dual = self._dual.only(self._moving(here))
+
+            def estimate(losses: Losses) -> Evaluation:
+                engine = copy.deepcopy(self.curvature)
+                at = engine.point(here.at)
+                return self.penalty.evaluate(losses, at, dual, engine, self.reduce)
+
+            shift, how = self.penalty.rule.shift(dual), (self.curvature, self.reduce, step)
+            given = losses, here.at, here.upper_names, estimate, shift, self._lower_is_map()
+            return self_check.check(self_check.Subject(*given, *how), options)
 
     @property
     def metrics(self) -> Metrics:
