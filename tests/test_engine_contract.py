@@ -87,3 +87,13 @@ def test_what_is_no_engine_is_refused_with_the_remedy(kind):
             [torch.ones(1, requires_grad=True)],
             curvature=Bare(),
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_self_check_leaves_what_it_remembers(kind):
+    run = Run(kind, Counting())
+    run.step()
+    before = run.optimizer.curvature.count
+    f, g = lambda: run.v.square().sum(), lambda: (run.v - run.u).square().sum()
+    run.optimizer.check_hypergradient(f, g)
+    assert run.optimizer.curvature.count == before
