@@ -145,3 +145,21 @@ def test_other_formulations_take_upper_constraints(penalty):
         if kind == "inequality":
             (mu,) = optimizer.inequality_multipliers["upper"]
             torch.testing.assert_close(mu.item(), 1.0, rtol=0, atol=5e-2)
+
+
+def test_the_multiplier_of_an_upper_inequality_waits_with_u_in_the_warmup():
+    """h = u - 1/2 = 1/2 > 0 throughout, and v hardly moves, so that the certificate stays bad."""
+    u, v = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer(
+        torch.optim.SGD([u], lr=0.1),
+        torch.optim.SGD([v], lr=1e-9),
+        upper_constraint=Inequality(lambda: u - 0.5),
+        warmup_steps=100,
+        penalty="value",
+    )
+    optimizer.step(lambda: (v - 3).square().sum(), lambda: (v - u).square().sum())
+    assert torch.equal(u.detach(), torch.ones(1))
+    assert torch.equal(optimizer.inequality_multipliers["upper"][0], torch.zeros(1))
+    for _ in range(200):
+        optimizer.step(lambda: (v - 3).square().sum(), lambda: (v - u).square().sum())
+    assert float(optimizer.inequality_multipliers["upper"][0]) > 0
