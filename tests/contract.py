@@ -7,13 +7,14 @@ J = d2g/du dv (of a map I - Phi_v and -Phi_u, transposed), b and A of the proble
 from __future__ import annotations
 
 import itertools
-import pathlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from engine import Dense
+from multiplier_rule import HeavyBall
+from penalty import Regularised
 from torch import Tensor
 
 from torch_penalty_bilevel import EpsilonTest, FixedPoint, LeastSquares, Stationarity, ValueGap
@@ -24,11 +25,6 @@ from torch_penalty_bilevel.curvature import (
     FiniteDifference,
     VectorJacobian,
 )
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples" / "extending"))
-from engine import Dense
-from multiplier_rule import HeavyBall
-from penalty import Regularised
 
 KAPPA = 0.3
 

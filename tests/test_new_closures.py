@@ -71,6 +71,28 @@ def test_double_backward_refuses_a_new_graph_that_it_would_get_wrong(kind):
     assert torch.equal(run.v, before[1])
 
 
+class Vouchless(torch.autograd.Function):
+    """x^2 with a second derivative, which torch cannot know to be right."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+def test_auto_looks_through_a_new_graph_before_it_trusts_it():
+    run = Run(PenaltyBilevelOptimizer)
+    run.steps(3, run.plain)
+    assert not run.optimizer.curvature.switched
+    with pytest.warns(BilevelWarning, match="nothing vouches for .*Vouchless"):
+        run.steps(1, lambda: Vouchless.apply(run.v - run.u).sum() / 2)
+    assert run.optimizer.curvature.switched
+
+
 class Drawing:
     """Classifies a new batch in every call; with zero weights the loss is log 2 on each."""
 

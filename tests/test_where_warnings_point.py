@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import OnceCube
 
 from torch_penalty_bilevel import BilevelWarning, HypergradientOptimizer, PenaltyBilevelOptimizer
 
@@ -44,20 +45,8 @@ def kept():
 def hooked():
     """The engine, when its first product fails."""
     u, v = leaf(1.0, 2.0), leaf(1.0, 3.0)
-
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.square()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, slope):
-            return 2 * ctx.saved_tensors[0] * slope
-
     optimizer = PenaltyBilevelOptimizer([u], [v])
-    optimizer.step(lambda: v.sum(), lambda: Square.apply(v - u).sum())
+    optimizer.step(lambda: v.sum(), lambda: OnceCube.apply(v - u).sum())
 
 
 @pytest.mark.parametrize("trouble", [far_off, swapped, swapped_there, kept, hooked])

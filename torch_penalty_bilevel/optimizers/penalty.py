@@ -200,7 +200,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
             NonFiniteError: a loss, residual or gradient is not finite. As after any exception
                 but one raised by the rules' own step hooks, parameters, buffers, random generators
                 and state are as before the call.
-            NondeterministicClosureError: g was repeated and returned something else.
+            NondeterministicClosureError: g was repeated and returned something else, or the same
+                with another gradient.
             UnusedParameterError: no loss depends on an upper parameter.
             DoubleBackwardError: an operation has no second derivative (not with ``"auto"``).
         """
