@@ -30,10 +30,10 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.test
 	@touch $@
 
 demo: $(VENV)/.demo  ## clean mislabelled digits; table and picture in results/
-	$(RUN) examples/denoise_digits.py
+	$(RUN) -m examples.denoise_digits
 
 test: $(VENV)/.test  ## run the tests on all cores, with branch coverage
-	$(RUN) -m pytest --numprocesses auto --cov --cov-report=term --cov-fail-under=95
+	$(RUN) -m pytest --numprocesses auto --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 stress: $(VENV)/.test  ## long runs, phases, kinds of network and seeds, all of them; an hour or more
 	STRESS=long $(RUN) -m pytest --numprocesses auto --dist worksteal tests/stress
@@ -47,18 +47,18 @@ lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/pyright
 
 suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optimizer; tables
-	$(RUN) benchmarks/suite.py --starts 5
-	$(RUN) benchmarks/suite_optimizer.py
+	$(RUN) -m benchmarks.suite.minimizer --starts 5
+	$(RUN) -m benchmarks.suite.optimizer
 
-rates: $(VENV)/.test  ## errors of the hypergradients under their bounds; table and benchmarks/rates.png
-	$(RUN) benchmarks/rates.py
+rates: $(VENV)/.test  ## errors of the hypergradients under their bounds; table and benchmarks/rates/rates.png
+	$(RUN) -m benchmarks.rates
 
 bench: $(VENV)/.test  ## time, FLOPs and memory of one step against the peers, into results/speed.json
 	@mkdir -p results
 	$(RUN) -m pytest -c benchmarks/speed/pytest.ini benchmarks/speed --benchmark-json=results/speed.json
 
-bench-report: $(VENV)/.test  ## tables and figure of benchmarks/speed.md from results/speed.json
-	$(RUN) benchmarks/speed/report.py
+bench-report: $(VENV)/.test  ## tables and figure of benchmarks/speed/README.md from results/speed.json
+	$(RUN) -m benchmarks.speed.report
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage

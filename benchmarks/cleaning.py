@@ -1,7 +1,7 @@
 """How robust cleaning MNIST's labels is to the learning rates: nine settings, one default.
 
-    python benchmarks/cleaning.py --seeds 3          # the tables of benchmarks/README.md
-    python benchmarks/cleaning.py --problems digits  # the same factors on the digits demo
+    python -m benchmarks.cleaning --seeds 3          # the tables of benchmarks/README.md
+    python -m benchmarks.cleaning --problems digits  # the same factors on the digits demo
 
 5,000 training images, half of whose labels are drawn anew from all ten classes, and 1,000 clean
 validation images; the rest of the 70,000 are for tests. The upper variables u are one logit per
@@ -23,7 +23,6 @@ is a line of the output file and is skipped when found there.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -33,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-import _digits_rows
-import denoise_digits
-from _data import default_folder, mnist
-from _mnist_rows import (
+from benchmarks.shared.mnist_rows import (
     BATCH,
     Problem,
     accuracy,
@@ -48,11 +46,10 @@ from _mnist_rows import (
     make_problem,
     score,
 )
-from _record import Line, Record
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-
+from examples import denoise_digits
+from examples.shared import command, digits_rows
+from examples.shared.data import default_folder, mnist
+from examples.shared.record import Line, Record
 from torch_penalty_bilevel import (
     LeastSquares,
     NonFiniteError,
@@ -137,7 +134,7 @@ def _seen(
 
 def digits(setting: Line) -> Line:
     """A setting, or all baselines, of the digits demo."""
-    problem = _digits_rows.make_problem(setting["seed"], noise=0.5, clean=30)
+    problem = digits_rows.make_problem(setting["seed"], noise=0.5, clean=30)
     names = ("retrained", "told_right", "auc", "seconds")
 
     def measured(row: Callable[[Any], Any]) -> Line:
@@ -145,10 +142,10 @@ def digits(setting: Line) -> Line:
 
     if "row" in setting:
         return {
-            "validation only": measured(_digits_rows.validation_only),
-            "noisy + validation": measured(_digits_rows.noisy_and_validation),
-            "agreement filter": measured(_digits_rows.agreement_filter),
-            "oracle": measured(_digits_rows.oracle),
+            "validation only": measured(digits_rows.validation_only),
+            "noisy + validation": measured(digits_rows.noisy_and_validation),
+            "agreement filter": measured(digits_rows.agreement_filter),
+            "oracle": measured(digits_rows.oracle),
         }
     rates = {"upper_lr": 0.05 * setting["upper"], "lower_lr": 1e-2 * setting["lower"]}
     learned = measured(lambda p: denoise_digits.penalty(p, denoise_digits.STEPS, **rates))
@@ -204,9 +201,7 @@ def _verdict(results: list[Line], bar: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument(
         "--problems",
         nargs="+",
@@ -224,6 +219,9 @@ def main() -> None:
     rule = LeastSquares()
     for name in ("damping", "share", "ridge"):
         parser.add_argument(f"--{name}", type=float, default=getattr(rule, name))
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=FACTORS, help="of both rates (1/3 1 3)"
+    )
     parser.add_argument("--warmup-steps", type=int, default=0)
     parser.add_argument("--lower-steps", type=int, default=1)
     options = parser.parse_args()
@@ -234,7 +232,7 @@ def main() -> None:
     runs: list[Line] = []
     for kind, seed in itertools.product(options.problems, range(options.seeds)):
         runs.append({"row": "baselines", "problem": kind, "seed": seed})
-        for lower, upper in itertools.product(FACTORS, FACTORS):
+        for lower, upper in itertools.product(options.factors, repeat=2):
             rates = {"lower": lower, "upper": upper}
             own = {} if kind == "digits" else common
             runs.append({"problem": kind, "seed": seed, **rates, **own})

@@ -1,6 +1,6 @@
 """What ``torch.compile(fullgraph=True)`` gains on ``functional.penalty_gradient``.
 
-    python benchmarks/compiled.py
+    python -m benchmarks.compiled
 
 A MLP 64-h-10 with tanh, a batch of 64, one weight per sample. Eager and compiled calls alternate;
 the ratio is the median of 15 rounds of 10 calls each. Compiling needs a C++ compiler.
@@ -8,7 +8,6 @@ the ratio is the median of 15 rounds of 10 calls each. Compiling needs a C++ com
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from examples.shared import command
 from torch_penalty_bilevel import functional
 
 Weights = dict[str, Tensor]
@@ -72,9 +72,7 @@ def row(width: int, rounds: int, backend: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 256, 1024])
     parser.add_argument("--rounds", type=int, default=15, help="of ten calls each (15)")
     parser.add_argument("--backend", default="inductor", help="aot_eager compiles no C++")

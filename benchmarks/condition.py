@@ -1,7 +1,7 @@
 """Cost to a relative error of 1e-6 against the condition number of the lower level.
 
-    python benchmarks/condition.py               # benchmarks/condition.png and its table
-    python benchmarks/condition.py --kappas 10 100 --seeds 1
+    python -m benchmarks.condition               # benchmarks/condition.png and its table
+    python -m benchmarks.condition --kappas 10 100 --seeds 1
 
 Problem ``quadratic`` of ``torch_penalty_bilevel.testing``: A has the eigenvalues 1 to kappa. Each
 seed has its own data and start. Counted are the evaluations of ``minimize`` (default settings)
@@ -14,13 +14,14 @@ and the lower steps of ``PenaltyBilevelOptimizer`` (default penalty, 5 lower ste
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import platform
 import statistics
 from collections.abc import Callable
 
 import matplotlib
+
+from examples.shared import command
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -140,9 +141,7 @@ def draw(kappas: list[float], rows: dict[str, list[float]], path: pathlib.Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--kappas", type=float, nargs="+", default=[1e1, 1e2, 1e3, 1e4])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=40_000, help="evaluations or lower steps")

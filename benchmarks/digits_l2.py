@@ -1,6 +1,6 @@
 """One L2 weight per pixel for softmax regression on handwritten digits, solved by ``minimize``.
 
-    python benchmarks/digits_l2.py --seed 0 --budget 14000
+    python -m benchmarks.digits_l2 --seed 0 --budget 14000
 
 scikit-learn digits, shuffled by --seed: 600 training, 400 validation images. u holds 64 log weights
 (from --start), v the 64 x 10 weights of a softmax regression without bias.
@@ -19,7 +19,6 @@ iterations).
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from examples.shared import command
 from torch_penalty_bilevel import BilevelWarning, MinimizeResult, functional, minimize
 
 
@@ -108,9 +108,7 @@ def solve_lower(g: Any, u: Tensor, v: Tensor, tolerance: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--budget", type=int, default=14000, help="evaluations")
     parser.add_argument("--start", type=float, default=-7.0, help="all entries of u")

@@ -1,7 +1,7 @@
 """How the package is built: rooms, floors, circles, and the way of one steady step through it.
 
-    python benchmarks/house.py           # of this checkout
-    python benchmarks/house.py --trace   # and the calls of the step, in order
+    python -m benchmarks.house           # of this checkout
+    python -m benchmarks.house --trace   # and the calls of the step, in order
 
 A room is a file or a folder at the top of the package; its floor is one above the highest room that
 it imports. The step is that of a tanh network with one hidden layer and one weight per sample,
@@ -11,7 +11,6 @@ are none) and changes of file between a call and the one before.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import sys
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import torch_penalty_bilevel as tpb
+from examples.shared import command
 
 PACKAGE = Path(tpb.__file__).parent
 _COMPREHENSIONS = {"<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>"}  # no calls of ours
@@ -97,9 +97,7 @@ def calls_of_a_step() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--trace", action="store_true", help="print the calls of the step")
     chosen = parser.parse_args()
     imports = rooms()

@@ -1,7 +1,7 @@
 """The paper's synthetic problems SMD20-24: final error of each multiplier rule from random starts.
 
-    python benchmarks/smd.py                     # the table of benchmarks/README.md
-    python benchmarks/smd.py --rules default --starts 3 --outer 200
+    python -m benchmarks.smd                     # the table of benchmarks/README.md
+    python -m benchmarks.smd --rules default --starts 3 --outer 200
 
 Problems: Mehra & Hamm (ACML 2021), the synthetic ones of the reference implementation. Every run
 has its own A (two blocks, 5 x 10, standard normal) and start (uniform in [-5, 5]); float64, Adam
@@ -10,7 +10,6 @@ on both levels at one learning rate with cosine decay, 5 lower steps per upper s
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import torch_penalty_bilevel as tpb
+from examples.shared import command
 from torch_penalty_bilevel import EpsilonTest, LeastSquares, PenaltyBilevelOptimizer, Stationarity
 
 RULES: dict[str, Callable[[], Stationarity]] = {
@@ -90,9 +90,7 @@ def final_error(number: int, rule: str, seed: int, outer: int, lr: float) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--starts", type=int, default=20, help="random starts per problem")
     parser.add_argument("--outer", type=int, default=1000, help="upper steps (5 lower steps each)")

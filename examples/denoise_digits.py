@@ -4,7 +4,7 @@ The upper variables are 1,000 weights, the lower variables a small network: the 
 the weighted samples, the weights want it to do well on 30 clean images. Half of the training
 labels are wrong, at random.
 
-    python examples/denoise_digits.py
+    python -m examples.denoise_digits
 
 Prints mean and spread over the seeds and saves a picture. Every row ends with the same training
 recipe; "told right" counts a score above one half as the verdict "this label is right".
@@ -28,7 +28,6 @@ and without batches. Tried, though not in every combination:
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import time
 from collections.abc import Callable
@@ -36,7 +35,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _digits_rows import (
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from examples.shared import command
+from examples.shared.digits_rows import (
     Problem,
     agreement_filter,
     decay,
@@ -49,12 +55,6 @@ from _digits_rows import (
     self_filter,
     validation_only,
 )
-from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
 
 Row = tuple[nn.Module, Tensor]
@@ -182,9 +182,7 @@ def draw(problem: Problem, weights: Tensor, trace: list[tuple[float, ...]], path
 
 def main() -> None:
     """Run every row on every seed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--first-seed", type=int, default=0, help="first of them (0)")
     parser.add_argument("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")

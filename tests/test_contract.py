@@ -148,6 +148,7 @@ def test_a_frozen_parameter_waits_with_its_multiplier(formulation, engine):
 
 
 @pytest.mark.parametrize(("formulation", "bias"), exact.items())
+@pytest.mark.long
 def test_it_comes_to_the_solution(formulation, bias):
     """r = 0 and grad_u f - J H^{-1} grad_v f = 0; the value gap up to its bias O(1 / gamma)."""
     run = Run(formulation, "double_backward")

@@ -10,6 +10,7 @@ from layers import FLOORS, LAYERS
 import torch_penalty_bilevel as tpb
 from torch_penalty_bilevel import functional
 
+TESTS = pathlib.Path(__file__).resolve().parent
 PACKAGE = pathlib.Path(tpb.__file__).parent
 
 
@@ -160,8 +161,16 @@ def test_modules_stay_small():
     assert max(lengths.values()) <= 310, lengths
 
 
-@pytest.mark.parametrize("folder", ["examples", "tests"])
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
 def test_other_files_stay_small(folder):
-    files = (pathlib.Path(__file__).resolve().parents[1] / folder).glob("*.py")
-    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
+    files = (TESTS.parent / folder).rglob("*.py")
+    lengths = {str(path): len(path.read_text().splitlines()) for path in files}
     assert max(lengths.values()) <= 310, lengths
+
+
+def test_tests_lie_in_the_folders_of_what_they_test():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {"tests"}
+    assert folders <= rooms | {"commands", "stress"}
+    here = {path.name for path in TESTS.glob("*.py") if not path.name.startswith("test_")}
+    assert here == {"conftest.py"}, "what test files share is in tests/helpers"

@@ -3,9 +3,10 @@
 import contextlib
 import importlib.metadata
 
-import methods
 import pytest
 import torch
+
+from benchmarks.speed import methods
 
 torch.set_num_threads(1)
 FAILURES = pytest.StashKey[list]()

@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from problems import Problem
 from torch import Tensor
+
+from benchmarks.speed.problems import Problem
 
 SHARE = 0.3
 Tensors = tuple[Tensor, ...]

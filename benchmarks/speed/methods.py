@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from floor import floor
-from problems import Problem
 from torch import Tensor
 
+from benchmarks.speed.floor import floor
+from benchmarks.speed.problems import Problem
 from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
 
 UPPER_LR, LOWER_LR = 0.1, 1e-3

@@ -1,7 +1,7 @@
 """What the optimizer does around the mathematics of a step, part by part.
 
-    python benchmarks/speed/overhead.py            # the smallest network of ``make bench``
-    python benchmarks/speed/overhead.py --kind "MLP 784-1024-1024-10"
+    python -m benchmarks.speed.overhead            # the smallest network of ``make bench``
+    python -m benchmarks.speed.overhead --kind "MLP 784-1024-1024-10"
 
 Each row is the step with one part left out, in turn with the others and the floor, so that all meet
 the same load. What a part costs is the difference from the whole step: medians of CPU time.
@@ -9,18 +9,17 @@ the same load. What a part costs is the difference from the whole step: medians 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-import methods
-import problems
 import torch
 from tqdm import tqdm
 
+from benchmarks.speed import methods, problems
+from examples.shared import command
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
 from torch_penalty_bilevel.levels import rows
 from torch_penalty_bilevel.undo import buffers, transaction
@@ -81,9 +80,7 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("--kind", choices=problems.BY_KIND, default=next(iter(problems.BY_KIND)))
     parser.add_argument("--rounds", type=int, default=500)
     options = parser.parse_args()

@@ -1,15 +1,13 @@
-"""Tables and figure of ``benchmarks/speed.md`` from what ``make bench`` measured.
+"""Tables and figure of ``benchmarks/speed/README.md`` from what ``make bench`` measured.
 
-    python benchmarks/speed/report.py                       # results/speed.json
-    python benchmarks/speed/report.py one.json another.json
+    python -m benchmarks.speed.report                       # results/speed.json
+    python -m benchmarks.speed.report one.json another.json
 
-Everything between the markers in ``benchmarks/speed.md`` is written here; the words around them are
-by hand.
+Everything between the markers of the page is written here; the words around them are by hand.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -17,12 +15,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import methods
-import problems
 from matplotlib.figure import Figure
 
-PAGE = Path(__file__).parent.with_suffix(".md")
-FIGURE = PAGE.with_name("speed_growth.png")
+from benchmarks.speed import methods, problems
+from examples.shared import command
+
+PAGE = Path(__file__).with_name("README.md")
 Entry = dict[str, Any]
 Results = dict[str, dict[str, Entry]]  # by group and name
 SMALL, LARGE, CNN, DEFAULT_ATTENTION, MATH, _ = problems.BY_KIND
@@ -207,12 +205,12 @@ def machine(data: Entry) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__spec__, __doc__)
     parser.add_argument("files", type=Path, nargs="*", default=[Path("results/speed.json")])
-    results, data = read(parser.parse_args().files)
-    page = PAGE.read_text()
+    parser.add_argument("--page", type=Path, default=PAGE, help="to write the tables into")
+    options = parser.parse_args()
+    results, data = read(options.files)
+    page = options.page.read_text()
     for name, text in {
         "machine": machine(data),
         "targets": targets(results),
@@ -222,9 +220,9 @@ def main() -> None:
         begin, end = f"<!-- {name}: written by make bench-report -->\n", f"<!-- end of {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         page = re.sub(pattern, lambda _, new=begin + text + end: new, page, flags=re.DOTALL)
-    PAGE.write_text(page)
+    options.page.write_text(page)
     if any(group.startswith("growth") for group in results):
-        draw(results, FIGURE)
+        draw(results, options.page.with_name("growth.png"))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from functools import partial
 
-import methods
-import metrics
-import problems
 import pytest
+
+from benchmarks.speed import methods, metrics, problems
 
 ENGINES = {
     "finite differences": partial(methods.penalty, curvature="finite_difference"),

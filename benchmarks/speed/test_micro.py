@@ -2,12 +2,11 @@
 
 import copy
 
-import methods
-import metrics
-import problems
 import pytest
 import torch
 from torch.testing import assert_close
+
+from benchmarks.speed import methods, metrics, problems
 
 
 @pytest.mark.parametrize("kind", problems.BY_KIND)

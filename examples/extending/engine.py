@@ -1,6 +1,6 @@
 """An engine of one's own: J and H as matrices, for a small v and many products.
 
-    python examples/extending/engine.py
+    python -m examples.extending.engine
 
 An engine takes first derivatives and linearises the lower loss. ``Curvature`` has a default for
 everything else; one with a memory also offers ``packed`` and ``unpack``, and is then checkpointed.

@@ -1,6 +1,6 @@
 """A multiplier rule of one's own: heavy-ball momentum on the adjoint equation.
 
-    python examples/extending/multiplier_rule.py
+    python -m examples.extending.multiplier_rule
 
 A rule says how nu and v move. Its state is a frozen dataclass; a tensor for each lower parameter is
 one line with ``along``, and freezing, added groups, restarts and checkpoints follow from it.

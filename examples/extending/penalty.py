@@ -1,6 +1,6 @@
 """A formulation of one's own: g + kappa ||v||^2 / 2 in the place of g, closures untouched.
 
-    python examples/extending/penalty.py
+    python -m examples.extending.penalty
 
 A penalty says what is evaluated at one point: the residual r, the adjoint q that its rule asks for,
 the certificate a = grad_v f + (dr/dv)' q and the estimate grad_u f + (dr/du)' q. Whatever has a

@@ -39,10 +39,11 @@ def tested(
     variables = {"PYTHONPATH": places, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     variables |= {"MUTATION_PLAN": str(plan_file), **environment}
     files = [] if tests is None else sorted({test.partition("::")[0] for test in tests})
-    arguments = ["-p", "listed", "-p", "no:cacheprovider", "-q", *options, *files]
-    status, output = nursery.run(arguments, copy, variables, limit)
-    if not report_file.exists() or status not in (0, 1, 2, 5):
-        raise RuntimeError(f"pytest ended with {status}:\n{output[-3000:]}")
+    words = ["pytest", "-p", "listed", "-p", "no:cacheprovider", "-q", *options, *files]
+    ended = nursery.run(words, copy, variables, limit)
+    if not report_file.exists() or ended.status not in (0, 1, 2, 5):
+        said = (ended.output + ended.errors)[-3000:]
+        raise RuntimeError(f"pytest ended with {ended.status}:\n{said}")
     report: Report = json.loads(report_file.read_text())
     home = report["package"]
     if home and not pathlib.Path(home).resolve().is_relative_to(copy.resolve()):

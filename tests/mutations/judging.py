@@ -49,7 +49,7 @@ def _state(mutation: Mutation, by: str, root: pathlib.Path) -> str:
     test = root / by.partition("::")[0]
     paths = [root / mutation.path, test]
     if not (by and test.is_file()):
-        paths = [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / "tests").glob("*.py"))]
+        paths = [*sorted((root / PACKAGE).rglob("*.py")), *sorted((root / "tests").rglob("*.py"))]
     digest = hashlib.sha256(repr(mutation[:4]).encode())
     for path in paths:
         digest.update(path.read_bytes())

@@ -18,8 +18,8 @@ from torch_penalty_bilevel.curvature import DoubleBackward
 from torch_penalty_bilevel.tensors import Pair
 
 pytest.importorskip("sklearn")
-from _cleaning_digits import Cleaning
-from _kinds import KINDS, twice_differentiable
+from benchmarks.engine_choice.digits import Cleaning
+from benchmarks.engine_choice.kinds import KINDS, twice_differentiable
 
 WITH_KINKS = [kind for kind in KINDS if "ReLU" in kind or "hardswish" in kind]
 TRIED = sized(

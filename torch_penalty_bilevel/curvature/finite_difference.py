@@ -19,7 +19,7 @@ from .protocol import Curvature, Linearised, Loss
 # (forward, central) relative steps ||delta|| / ||v||. A forward difference errs by
 # O(h) + O(eps / h), a central one by O(h^2) + O(eps / h); the 32-bit and 16-bit values sit at the
 # bottom of the measured error curves of small MLPs, CNNs and transformers, where activations
-# add rounding of their own (see tests/test_finite_difference.py for the curve).
+# add rounding of their own (see tests/curvature/test_finite_difference.py for the curve).
 _RELATIVE_STEP = {
     torch.float64: (1e-7, 6e-6),
     torch.float32: (1e-4, 3e-3),

@@ -84,7 +84,7 @@ class LeastSquares(MultiplierRule):
 
     Differs from Mehra & Hamm (2021), where v descends F_low (curvature gamma H^2, so the square of
     the condition number) and nu advances only when a tolerance test fires. ``benchmarks/smd.py``
-    compares the two, ``benchmarks/multipliers.py`` this rule with others.
+    compares the two, ``benchmarks/multipliers`` this rule with others.
 
     Args:
         damping: lambda > 0, multiplies r in the lower direction.

@@ -1,0 +1,1 @@
+"""Measurements against peers and against plain choices; each is a command."""

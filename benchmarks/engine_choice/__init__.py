@@ -1,0 +1,1 @@
+"""Engines for Hessian-vector products on twelve kinds of network."""

@@ -1,0 +1,1 @@
+"""Rules for the multiplier, the published one and the default among them."""

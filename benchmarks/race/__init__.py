@@ -1,0 +1,1 @@
+"""Time to target against torchopt and higher on three problems."""

@@ -1,0 +1,1 @@
+"""Measured errors under their bounds, for every way to a hypergradient."""

@@ -1,0 +1,1 @@
+"""What a step costs: time, operations, memory, and how they grow."""

@@ -1,0 +1,1 @@
+"""The analytic problems, by ``minimize`` and by the optimizer."""

@@ -1,0 +1,1 @@
+"""Problems on real data; each is a command."""

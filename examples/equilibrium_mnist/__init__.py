@@ -1,0 +1,1 @@
+"""A network given by its equilibrium, trained through three hypergradients."""

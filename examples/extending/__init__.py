@@ -1,0 +1,1 @@
+"""A penalty, a multiplier rule and an engine of one's own, each a complete file."""

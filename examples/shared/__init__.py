@@ -1,0 +1,1 @@
+"""Data sets, records of runs and tables, for examples and benchmarks."""

@@ -1,0 +1,1 @@
+"""An L2 weight for every feature of a linear classifier."""

@@ -1,0 +1,244 @@
+"""The problem of ``tune_l2.py``: softmax regression with one L2 weight per feature.
+
+Letters: u the log weights (d,), v the coefficients (d, k), n the rows of the training set.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.sparse import csr_matrix, issparse, vstack
+from scipy.sparse.linalg import svds
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from examples.shared.data import newsgroups, uci
+from examples.shared.record import Line
+
+GLOBAL_WEIGHTS = 10.0 ** np.arange(-3, 3.5, 0.5)
+
+
+class Pair:
+    """A constant sparse matrix and its transposed; no tuple, for torch.func looks into those."""
+
+    def __init__(self, matrix: Tensor, transposed: Tensor) -> None:
+        self.matrix, self.transposed = matrix, transposed
+
+    @property
+    def swapped(self) -> Pair:
+        """X' and X."""
+        return Pair(self.transposed, self.matrix)
+
+
+class Linear(torch.autograd.Function):
+    """Products X v with a constant sparse X, for any number of derivatives.
+
+    torch differentiates ``X @ v`` twice as well, but transposes X anew in every backward pass,
+    which took ten times as long as all the rest here. The product is linear in v, so its backward
+    is the product with X', kept beside X, and the backward of that is the product with X again.
+    """
+
+    @staticmethod
+    def forward(v: Tensor, pair: Pair) -> Tensor:
+        return pair.matrix @ v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.pair = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return Linear.apply(gradients[0], ctx.pair.swapped), None
+
+
+class Rows:
+    """Samples: X (n, d), dense or sparse, and their classes (n,)."""
+
+    def __init__(self, values: Any, labels: np.ndarray, dtype: torch.dtype) -> None:
+        self.values, self.targets = values, labels
+        self.labels = torch.from_numpy(labels)
+        self._pair: Pair | None = None
+        if issparse(values):
+            self._matrix = _as_csr(values, dtype)
+            self._pair = Pair(self._matrix, _as_csr(values.T, dtype))
+        else:
+            self._matrix = torch.from_numpy(values).to(dtype)
+
+    @property
+    def mean_squares(self) -> Tensor:
+        """Mean of x_j^2 over the samples, (d,)."""
+        squares = self.values.power(2) if issparse(self.values) else self.values**2
+        mean = np.asarray(squares.mean(axis=0)).ravel()
+        return torch.from_numpy(mean).to(self._matrix.dtype)
+
+    def outputs(self, v: Tensor) -> Tensor:
+        """X v, (n, k)."""
+        if self._pair is None:
+            return self._matrix @ v
+        return Linear.apply(v, self._pair)
+
+    def loss(self, v: Tensor) -> Tensor:
+        """Mean cross entropy in nats."""
+        return cross_entropy(self.outputs(v), self.labels)
+
+    @torch.no_grad()
+    def accuracy(self, v: Tensor) -> float:
+        return (self.outputs(v).argmax(1) == self.labels).double().mean().item()
+
+    def joined(self, other: Rows) -> Rows:
+        """These samples and those of ``other``."""
+        stack = vstack if issparse(self.values) else np.concatenate
+        labels = np.concatenate([self.targets, other.targets])
+        return Rows(stack([self.values, other.values]), labels, self._matrix.dtype)
+
+
+def _as_csr(matrix: Any, dtype: torch.dtype) -> Tensor:
+    matrix = csr_matrix(matrix).sorted_indices()
+    rows, columns = (torch.from_numpy(a.astype(np.int64)) for a in (matrix.indptr, matrix.indices))
+    values = torch.from_numpy(matrix.data).to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*beta state.*")
+        return torch.sparse_csr_tensor(rows, columns, values, matrix.shape, check_invariants=True)
+
+
+def lower_loss(rows: Rows, u: Tensor, v: Tensor) -> Tensor:
+    """Cross entropy + mean_jc exp(u_j) v_jc^2 / 2: g on the training rows."""
+    return rows.loss(v) + (u.exp()[:, None] * v.square()).mean() / 2
+
+
+class Problem(NamedTuple):
+    """Three sets of rows; validation chooses u, nothing chooses by the test rows."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    features: int
+    classes: int
+    dtype: torch.dtype
+    smoothness: float
+    """An upper bound of the cross entropy's curvature, ||X||_2^2 / (2 n)."""
+
+    @property
+    def largest(self) -> float:
+        """The u at which a feature's L2 term curves as much as the cross entropy can."""
+        return float(np.log(self.smoothness * self.features * self.classes))
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """U = 0 and v = 0."""
+        u = torch.zeros(self.features, dtype=self.dtype, requires_grad=True)
+        v = torch.zeros(self.features, self.classes, dtype=self.dtype, requires_grad=True)
+        return u, v
+
+    def solved(self, u: Tensor, start: Tensor, rows: Rows | None = None) -> Tensor:
+        """V*(u), by L-BFGS from ``start``; ``rows`` in the place of the training rows."""
+        rows, u = rows or self.train, u.detach()
+        # L2 terms differ by orders of magnitude: unknowns in units of 1 / sqrt(curvature). The
+        # cross entropy's is x^2 p (1 - p); 3e-3 for the latter is that of a good fit to twenty
+        # classes. Only the speed depends on it.
+        curvature = 3e-3 * rows.mean_squares + u.exp() / start.numel()
+        unit = curvature.rsqrt()[:, None]
+
+        def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            scaled = torch.from_numpy(flat).to(start).view_as(start)
+            v = (scaled * unit).requires_grad_()
+            loss = lower_loss(rows, u, v)
+            (gradient,) = torch.autograd.grad(loss, v)
+            return loss.item(), (gradient * unit).double().numpy().ravel()
+
+        x0 = (start.detach() / unit).double().numpy().ravel()
+        # Losses are reported to 1e-4: two more digits, in float32's reach.
+        options = {"maxiter": 1000, "gtol": 0.0, "ftol": 1e-7}
+        best = minimize(value, x0, jac=True, method="L-BFGS-B", options=options).x
+        return torch.from_numpy(best).to(start).view_as(start) * unit
+
+
+def make_problem(
+    data: str,
+    seed: int,
+    folder: Path,
+    features: int,
+    posts: int,
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    """Split: of newsgroups ``posts`` training posts, halved, and its test posts; UCI in thirds.
+
+    UCI columns are scaled to mean 0 and variance 1 on the training rows; a column of ones follows.
+    """
+    generator = np.random.default_rng(seed)
+    if data == "newsgroups":
+        rows, labels, test_rows, test_labels = _newsgroups(folder, features)
+        first, second = np.array_split(generator.permutation(len(labels))[:posts], 2)
+        test = Rows(test_rows, test_labels, dtype)
+    else:
+        rows, labels = uci(data, folder)
+        first, second, third = np.array_split(generator.permutation(len(labels)), 3)
+        scale = rows[first].std(axis=0)
+        rows = (rows - rows[first].mean(axis=0)) / np.where(scale > 0, scale, 1.0)
+        rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+        test = Rows(rows[third], labels[third], dtype)
+    return assemble(rows, labels, first, second, test, dtype)
+
+
+def assemble(
+    rows: Any, labels: np.ndarray, first: Any, second: Any, test: Rows, dtype: torch.dtype
+) -> Problem:
+    """The problem whose training and validation rows are ``first`` and ``second``."""
+    train, validation = (Rows(rows[part], labels[part], dtype) for part in (first, second))
+    largest = _largest_singular_value(rows[first])
+    smoothness = largest**2 / (2 * len(first))
+    sizes = rows.shape[1], int(labels.max()) + 1
+    return Problem(train, validation, test, *sizes, dtype, smoothness)
+
+
+def _largest_singular_value(matrix: Any) -> float:
+    if issparse(matrix):
+        return float(svds(matrix, k=1, return_singular_vectors=False, random_state=0)[0])
+    return float(np.linalg.norm(matrix, 2))
+
+
+_READ: dict[tuple[Path, int], Any] = {}
+
+
+def _newsgroups(folder: Path, features: int) -> Any:
+    """Read once per process."""
+    if (folder, features) not in _READ:
+        _READ[folder, features] = newsgroups(folder, features)
+    return _READ[folder, features]
+
+
+def one_weight(problem: Problem, weights: np.ndarray = GLOBAL_WEIGHTS) -> tuple[Tensor, Line]:
+    """Scikit-learn's softmax regression with one L2 weight, the best of a grid on validation.
+
+    Args:
+        problem: the data.
+        weights: exp(u), the same for every feature; 0 is no L2 at all.
+
+    Returns:
+        Its coefficients (d, k), and what ``tune_l2.py`` reports of a row.
+    """
+    began, found = time.process_time(), []
+    for weight in weights:
+        # scikit-learn minimises C * sum of losses + ||v||^2 / 2, and for two classes in place of
+        # v its difference of columns w: v = (-w, w) / 2 and ||v||^2 = ||w||^2 / 2.
+        size = problem.features * problem.classes * (2 if problem.classes == 2 else 1)
+        strength = np.inf if weight == 0 else size / (weight * len(problem.train.targets))
+        model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000, tol=1e-6)
+        with warnings.catch_warnings():  # without L2 there may be no minimiser to converge to
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(problem.train.values, problem.train.targets)
+        coefficients = model.coef_
+        if problem.classes == 2:
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        v = torch.from_numpy(coefficients.T.copy()).to(problem.dtype)
+        found.append((problem.validation.loss(v).item(), float(weight), v))
+    loss, weight, v = min(found, key=lambda entry: entry[0])
+    row = {"validation": loss, "test": problem.test.accuracy(v), "weight": weight}
+    return v, row | {"seconds": time.process_time() - began}

@@ -1,0 +1,116 @@
+"""Every benchmark and example is a command: it says how to call it, and runs for a few steps."""
+
+import contextlib
+import json
+import pathlib
+import shlex
+
+import pytest
+from forking import Nursery
+
+for library in ("higher", "matplotlib", "pooch", "sklearn", "torchopt", "tqdm"):
+    pytest.importorskip(library)
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for folder in ("benchmarks", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+    if 'if __name__ == "__main__":' in path.read_text()
+)
+IMPORTED = ("matplotlib.pyplot", "scipy.optimize", "sklearn.datasets", "sklearn.linear_model")
+IMPORTED += ("torch", "torch._dynamo", "torchopt", "higher", "tqdm", "pytest")
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    with contextlib.closing(Nursery(*IMPORTED)) as nursery:
+        yield nursery
+
+
+def test_all_commands_are_found():
+    assert {"benchmarks.smd", "benchmarks.race", "examples.extending.engine"} <= {*COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_how_to_call_it(nursery, command, tmp_path):
+    if command in GUIDE:
+        return  # no options
+    said = nursery.run([command, "--help"], ROOT, {}, beside=tmp_path).output
+    assert said.startswith(f"usage: python -m {command} [-h]")
+    assert f"    python -m {command}" in said  # its text shows calls
+    assert "options:" in said
+
+
+DATA = ROOT.parent / "shared" / "data"
+SMALL = {
+    "benchmarks.cleaning": "--problems digits --factors 1 --output {}/runs.jsonl",
+    "benchmarks.compiled": "--widths 16 --rounds 1 --backend aot_eager",
+    "benchmarks.condition": "--kappas 10 --seeds 1 --limit 20 --picture {}/picture.png",
+    "benchmarks.digits_l2": "--seed 0 --budget 60",
+    "benchmarks.engine_choice": "--kinds LSTM --seeds 1 --epochs 1 --record {}/runs.jsonl",
+    "benchmarks.house": "",
+    "benchmarks.multipliers": "--problems quadratic1 --seeds 1 --share 0.01 --jobs 1",
+    "benchmarks.rates": "--only solvers --figure {}/figure.png",
+    "benchmarks.smd": "--starts 1 --outer 5",
+    "benchmarks.suite.minimizer": "d_1978_01 half_space --starts 1 --restarts 0 --budget 200",
+    "benchmarks.suite.optimizer": "feature_ridge --starts 1 --steps 5 --jobs 1",
+    "benchmarks.speed.overhead": "--rounds 1",
+    "examples.denoise_digits": "--seeds 1 --steps 5 --output {}/picture.png",
+}
+GUIDE = [f"examples.extending.{name}" for name in ("engine", "multiplier_rule", "penalty")]
+ON_DATA = {
+    "benchmarks.race": "--quick --methods 'penalty, value gap' "
+    "--data {data}/mnist --output {}/runs.jsonl",
+    "examples.equilibrium_mnist": "--method penalty --seeds 1 --evaluations 20 --train 200 "
+    "--test 200 --folder {data}/mnist --record {}/runs.jsonl --output {}/picture.png",
+    "examples.tune_l2": "--data newsgroups --method penalty --seeds 1 --evaluations 20 "
+    "--folder {data}/20newsgroups --record {}/runs.jsonl --output {}/picture.png",
+}
+
+
+# Reads a whole measurement: with the benchmarks themselves, below.
+REPORT = "benchmarks.speed.report"
+
+
+def test_every_command_has_a_small_form():
+    assert {*SMALL, *ON_DATA, *GUIDE, REPORT} == {*COMMANDS}
+
+
+def run(nursery, command, arguments, folder):
+    words = shlex.split(arguments.replace("{data}", str(DATA)).replace("{}", str(folder)))
+    ended = nursery.run([command, *words], ROOT, {}, beside=folder)
+    assert ended.status == 0, ended.errors
+    return ended.output
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_it_runs_for_a_few_steps(nursery, command, tmp_path):
+    assert run(nursery, command, SMALL[command], tmp_path)
+
+
+@pytest.mark.parametrize("command", ON_DATA)
+def test_it_runs_on_its_data(nursery, command, tmp_path):
+    if not DATA.is_dir():
+        pytest.skip("the data sets are not beside the checkout; tests download nothing")
+    assert run(nursery, command, ON_DATA[command], tmp_path)
+
+
+@pytest.mark.parametrize("command", GUIDE)
+def test_the_guide_comes_to_its_solution(nursery, command, tmp_path):
+    found, wanted = run(nursery, command, "", tmp_path).removeprefix("u = ").split(", should be ")
+    pairs = zip(json.loads(found), json.loads(wanted), strict=True)
+    assert all(abs(a - b) < 1e-3 for a, b in pairs)
+
+
+def test_the_speed_benchmarks_run_and_their_page_is_written(nursery, tmp_path):
+    words = "-c benchmarks/speed/pytest.ini benchmarks/speed/test_micro.py -p no:cacheprovider"
+    words += " -k '64-16-10 and test_unit' --benchmark-json={}/speed.json"
+    assert "1 passed" in run(nursery, "pytest", words, tmp_path)
+    assert json.loads((tmp_path / "speed.json").read_text())["benchmarks"]
+    page = tmp_path / "README.md"
+    before = (ROOT / "benchmarks" / "speed" / "README.md").read_text()
+    page.write_text(before)
+    run(nursery, REPORT, "{}/speed.json --page {}/README.md", tmp_path)
+    # Of one measurement the tables are short.
+    assert 0 < page.read_text().count("\n|") < before.count("\n|")
