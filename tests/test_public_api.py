@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(tpb.__file__).parent
 
 def test_public_names():
     assert sorted(tpb.__all__) == [
+        "AdjointError",
         "BilevelError",
         "BilevelWarning",
         "DoubleBackward",

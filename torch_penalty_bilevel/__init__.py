@@ -7,6 +7,7 @@ from . import functional as functional
 from .checks.report import HypergradientReport as HypergradientReport
 from .curvature import DoubleBackward as DoubleBackward
 from .curvature import FiniteDifference as FiniteDifference
+from .errors import AdjointError as AdjointError
 from .errors import BilevelError as BilevelError
 from .errors import BilevelWarning as BilevelWarning
 from .errors import DoubleBackwardError as DoubleBackwardError
@@ -27,6 +28,7 @@ from .penalties import ValueGap as ValueGap
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdjointError",
     "BilevelError",
     "BilevelWarning",
     "DoubleBackward",

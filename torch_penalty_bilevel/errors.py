@@ -20,6 +20,23 @@ class NonFiniteError(BilevelError):
     """A loss, residual or gradient is infinite or NaN; raised before anything was changed."""
 
 
+class AdjointError(NonFiniteError):
+    """The adjoint equation has no finite solution by this method; nothing was changed.
+
+    Args:
+        status: how the solve ended: ``"negative_curvature"``, ``"diverged"``, ``"not_finite"``.
+        reason: what happened and what to try.
+        place: where.
+    """
+
+    def __init__(self, status: str, reason: str, place: str) -> None:
+        super().__init__(status, reason, place)
+        self.status = status
+
+    def __str__(self) -> str:
+        return "adjoint: {1}; {2}".format(*self.args)
+
+
 class UnusedParameterError(BilevelError):
     """Neither the upper loss nor the lower residual depends on an upper parameter."""
 

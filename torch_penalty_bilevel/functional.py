@@ -165,8 +165,9 @@ def hypergradient(
 
     Returns:
         The hypergradient with the structure of ``upper``, and how it ended. If that was early,
-        ``info.converged`` is False and a ``BilevelWarning`` says why (``one_step`` and
-        ``alternating``, early by design, do not warn); after a breakdown the hypergradient is NaN.
+        ``info.converged`` is False, ``info.status`` names the end and a ``BilevelWarning`` says why
+        (``one_step`` and ``alternating``, early by design, do not warn); after a breakdown, as
+        ``"negative_curvature"``, the hypergradient is NaN.
 
     Raises:
         ValueError: an unknown method, or an option that the method does not have or out of range.

@@ -6,8 +6,9 @@ FLOORS = (
     ("curvature", "evaluation"),
     ("levels", "metrics", "multipliers", "newton"),
     ("penalties",),
-    ("adapters", "checks", "hypergradients"),
-    ("functional", "optimizers"),
+    ("adapters", "hypergradients"),
+    ("checks", "functional"),
+    ("optimizers",),
 )
 
 LAYERS = {

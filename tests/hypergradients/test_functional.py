@@ -86,6 +86,7 @@ def test_damping_makes_an_indefinite_hessian_solvable() -> None:
         gradient, info = hypergradient(f, g, u, v)
     assert gradient.isnan().all()
     assert not info.converged
+    assert info.status == "negative_curvature"
     assert math.isnan(info.residual_norm)
     assert info.adjoint.isnan().all()
     gradient, info = hypergradient(f, g, u, v, damping=3.0)

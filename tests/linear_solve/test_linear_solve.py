@@ -162,10 +162,17 @@ def test_recomputed_residual_reaches_what_the_recursive_one_only_claims() -> Non
 
 
 @pytest.mark.parametrize(
-    ("diagonal", "curvature"),
-    [((1.0, -2.0), "-"), ((0.0, 0.0), "0"), ((1.0, math.nan), "nan"), ((-1.0, -1.0), "-")],
+    ("diagonal", "curvature", "status"),
+    [
+        ((1.0, -2.0), "-", "negative_curvature"),
+        ((0.0, 0.0), "0", "negative_curvature"),
+        ((1.0, math.nan), "nan", "not_finite"),
+        ((-1.0, -1.0), "-", "negative_curvature"),
+    ],
 )
-def test_breakdown_is_nan_and_never_a_number(diagonal: tuple[float, float], curvature: str) -> None:
+def test_breakdown_is_nan_and_never_a_number(
+    diagonal: tuple[float, float], curvature: str, status: str
+) -> None:
     A = torch.tensor(diagonal, dtype=torch.float64)
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     solution = conjugate_gradient(lambda x: (A * x[0],), (right,))
@@ -173,6 +180,7 @@ def test_breakdown_is_nan_and_never_a_number(diagonal: tuple[float, float], curv
     assert math.isnan(solution.residual_norm)
     assert not solution.converged
     assert solution.iterations == 1
+    assert solution.status == status
     assert f"curvature {curvature}" in solution.message
     assert "damping" in solution.message
 
@@ -223,9 +231,11 @@ def test_least_squares_admits_that_there_is_no_solution() -> None:
     assert not solution.converged
     assert solution.residual_norm == pytest.approx(3.0)
     assert "stopped at" in solution.message
+    assert solution.status == "no_solution"
     assert_close(solution.value[0], torch.tensor([1.0, 0.0, -4.0], dtype=torch.float64))
     early = least_squares(
         Counted(indefinite(9, 1, 100.0), ((9,),)), (normal(9, seed=2),), max_iterations=4
     )
     assert early.iterations == 4
+    assert early.status == "unfinished"
     assert not early.converged

@@ -12,7 +12,7 @@ import torch
 from hypergradient_runs import METHODS, Run
 from torch import Tensor
 
-from torch_penalty_bilevel import NonFiniteError, UnusedParameterError
+from torch_penalty_bilevel import AdjointError, NonFiniteError, UnusedParameterError
 from torch_penalty_bilevel.constraints import Box, Inequality
 
 
@@ -180,12 +180,18 @@ def test_a_breakdown_of_the_solver_is_an_error() -> None:
     run = Run(method="cg")
     run.problem.A = -run.problem.A
     before = snapshot(run)
-    with pytest.raises(NonFiniteError, match=r"adjoint: curvature .* in step 1; nothing was"):
+    with pytest.raises(AdjointError, match=r"adjoint: curvature .* in step 1; nothing") as raised:
         run.step()
+    assert raised.value.status == "negative_curvature"
+    assert "cg_normal" in str(raised.value)
     assert same(before, snapshot(run))
+    run.optimizer.method = "cg_normal"  # the remedy
+    run.step()
     run = Run(method="fixed_point", step_size=10.0)
-    with pytest.raises(NonFiniteError, match="diverged"):
+    with pytest.raises(AdjointError, match="diverged") as raised:
         run.step()
+    assert raised.value.status == "diverged"
+    assert isinstance(pickle.loads(pickle.dumps(raised.value)), NonFiniteError)
 
 
 @pytest.mark.parametrize(

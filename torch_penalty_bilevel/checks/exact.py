@@ -6,17 +6,17 @@ Slow and exact: for checks, not for steps. Letters: r = grad_v g, H = d2g/dv2, J
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..curvature import Curvature
-from ..linear_solve import Solution, conjugate_gradient, least_squares
+from ..hypergradients import Linear, Options, Problem, Upper, solve_adjoint
+from ..linear_solve import Solution, conjugate_gradient
 from ..penalties import Losses, Reduce
 from ..tensors import (
-    OptionalTensors,
     Pair,
     Tensors,
     add,
@@ -30,19 +30,8 @@ from ..tensors import (
 )
 
 
-class Linear(NamedTuple):
-    """f and g to the order that the implicit function theorem needs, averaged over workers."""
-
-    direct: Pair
-    """(grad_u f, grad_v f)."""
-    residual: Tensors
-    """r."""
-    product: Callable[[Tensors], Pair]
-    """q -> (J q, H q)."""
-
-
-class ImplicitProblem:
-    """Losses at the leaves ``at``, differentiated by ``engine``.
+class ImplicitProblem(Problem):
+    """Losses at leaves that require grad, whose lower level can be solved where it lies.
 
     Args:
         losses: f and g.
@@ -52,7 +41,7 @@ class ImplicitProblem:
     """
 
     def __init__(self, losses: Losses, at: Pair, engine: Curvature, reduce: Reduce) -> None:
-        self.losses, self.at, self.engine, self.reduce = losses, at, engine, reduce
+        super().__init__(losses, at, engine, reduce=reduce)
         # Which engine "auto" ends with shows at its first product: before any is counted on.
         if engine.falls_back and not engine.takes_differences:
             linearised = engine.linearise(losses.lower, at)
@@ -72,20 +61,6 @@ class ImplicitProblem:
     def tolerance(self) -> float:
         """Relative residual of the adjoint equation that products in this dtype can reach."""
         return self.engine.attainable(self.at.lower)
-
-    def linearise(self) -> Linear:
-        """All derivatives at ``at``, dense, in at least float32."""
-        at = self.engine.point(self.at)
-        _, direct = self.engine.gradient(self.losses.upper, at)
-        linearised = self.engine.linearise(self.losses.lower, at, reusable=True)
-
-        def product(direction: Tensors) -> Pair:
-            parts = linearised.product(cast_like(direction, at.lower))
-            return self._averaged(parts.upper, parts.lower)
-
-        gradient = self._averaged(direct.upper, direct.lower)
-        residual = tuple(dense(r) for r in self.reduce(linearised.residual))
-        return Linear(gradient, residual, product)
 
     def solve_lower(self, max_iterations: int = 200) -> float:
         """Move v to a minimiser of g(u, .); returns ||r||_2 there.
@@ -136,9 +111,9 @@ class ImplicitProblem:
         """One step v -= H^{-1} r, undone unless ||r|| falls below ``error``; returns ||r||."""
         linear = self.linearise()
         newton = conjugate_gradient(
-            lambda x: linear.product(x).lower, linear.residual, tolerance=1e-3, max_iterations=200
+            linear.product, linear.residual, tolerance=1e-3, max_iterations=200
         )
-        if math.isnan(newton.residual_norm):
+        if newton.broke_down:
             return math.inf
         before = clones(self.at.lower)
         _assign(self.at.lower, cast_like(axpy(-1.0, newton.value, before), before))
@@ -154,51 +129,61 @@ class ImplicitProblem:
         averaged = self.reduce((value.detach(), *gradient))
         return averaged[0], averaged[1:]
 
-    def _averaged(self, upper: OptionalTensors, lower: OptionalTensors) -> Pair:
-        both = (*filled(upper, self.at.upper), *filled(lower, self.at.lower))
-        averaged = self.reduce(tuple(dense(t) for t in both))
-        n = len(self.at.upper)
-        return Pair(averaged[:n], averaged[n:])
-
 
 class Implicit(NamedTuple):
     """The implicit hypergradient at one point, and how its linear solve ended."""
 
     hypergradient: Tensors
     """grad_u f + J q; NaN where the adjoint equation could not be solved."""
-    adjoint: Tensors
-    """q with (H + lambda I) q = -grad_v f."""
     positive_definite: bool
     """Conjugate gradients met positive curvature only."""
     solution: Solution
+    """q with (H + lambda I) q = -grad_v f."""
+    upper: Upper
+    """f and its gradient."""
+    linear: Linear
+    """r and products with H and J."""
+
+    @property
+    def direct(self) -> Tensors:
+        """grad_u f, dense."""
+        return tuple(dense(d) for d in filled(self.upper.direct, self.hypergradient))
+
+    def products(self, direction: Tensors) -> Pair:
+        """(J q, H q), dense."""
+        through_upper, product = self.linear.both(direction)
+        filled_up = filled(through_upper, self.hypergradient)
+        return Pair(tuple(dense(t) for t in filled_up), product)
 
 
-def implicit_hypergradient(
-    linear: Linear, *, tolerance: float, max_iterations: int, damping: float
-) -> Implicit:
+def implicit_hypergradient(problem: Problem, options: Options, tolerance: float) -> Implicit:
     r"""The implicit function theorem, solved to tolerance.
 
     .. math:: \nabla_u f + J q, \qquad (H + \lambda I) q = -\nabla_v f
 
     By conjugate gradients; if H + lambda I is not positive definite by least squares, which gives
     the same formula at a saddle. Where that does not converge either, NaN.
+
+    Args:
+        problem: where.
+        options: ``damping`` (lambda) and ``max_iterations``, which least squares may use twice.
+        tolerance: bound on ||(H + lambda I) q + grad_v f||_2 / ||grad_v f||_2.
     """
-
-    def damped(q: Tensors) -> Tensors:
-        product = linear.product(q).lower
-        return axpy(float(damping), q, product) if damping else product
-
-    right = scale(linear.direct.lower, -1.0)
-    solution = conjugate_gradient(damped, right, tolerance=tolerance, max_iterations=max_iterations)
-    broke_down = math.isnan(solution.residual_norm)
+    upper, linear = problem.upper(), problem.linearise()
+    equation = problem, linear, upper.slope
+    solution = solve_adjoint(*equation, "cg", options, tolerance)
+    broke_down = solution.broke_down
     if broke_down:
-        again = least_squares(damped, right, tolerance=tolerance, max_iterations=2 * max_iterations)
-        nan = scale(right, float("nan"))
+        twice = options.max_iterations and 2 * options.max_iterations
+        patient = replace(options, max_iterations=twice)
+        again = solve_adjoint(*equation, "cg_normal", patient, tolerance)
+        nan = scale(upper.slope, math.nan)
         solution = again if again.converged else again._replace(value=nan)
+    nowhere = tuple(torch.full_like(dense(u.detach()), math.nan) for u in problem.at.upper)
+    found = Implicit(nowhere, not broke_down, solution, upper, linear)
     if broke_down and not solution.converged:  # no product with NaN: the closures may object
-        return Implicit(scale(linear.direct.upper, math.nan), solution.value, False, solution)
-    total = add(linear.direct.upper, linear.product(solution.value).upper)
-    return Implicit(total, solution.value, not broke_down, solution)
+        return found
+    return found._replace(hypergradient=add(found.direct, found.products(solution.value).upper))
 
 
 @torch.no_grad()

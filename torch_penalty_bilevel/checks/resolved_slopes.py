@@ -22,7 +22,7 @@ def slopes(problem: ImplicitProblem, estimate: Tensors, exact: Implicit) -> tupl
     problem.solve_lower()
     found: list[Slope] = []
     for name, direction in directions.items():
-        resolved, uncertainty = _resolved(problem, direction, float(norm(exact.adjoint)))
+        resolved, uncertainty = _resolved(problem, direction, float(norm(exact.solution.value)))
         found.append(
             Slope(
                 direction=name,

@@ -15,13 +15,14 @@ from ..arguments import check_count
 from ..curvature import Automatic, Curvature, FiniteDifference, Loss
 from ..errors import BilevelWarning
 from ..evaluation import Evaluation, measure
+from ..hypergradients import Options as SolveOptions
 from ..linear_solve import conjugate_gradient, random_direction
 from ..penalties import Losses, Reduce
 from ..tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
 from ..undo.random_state import RandomState
 from .dependence import dependence
 from .diagnosis import Context, diagnosed
-from .exact import Implicit, ImplicitProblem, Linear, implicit_hypergradient
+from .exact import Implicit, ImplicitProblem, implicit_hypergradient
 from .report import HypergradientReport, Repeats
 from .resolved_slopes import slopes
 
@@ -92,14 +93,13 @@ def _compare(subject: Subject, options: Options, repeats: Repeats) -> Hypergradi
     norms = measure(evaluation, subject.names, subject.step)
     estimate = tuple(dense(g) for g in filled(evaluation.upper_grad, at.upper))
     problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.reduce)
-    linear = problem.linearise()
-    exact = _exact(linear, problem, options)
+    exact = _exact(problem, options)
     error, cosine = _compared(estimate, exact.hypergradient)
-    seen = float(norm(linear.product(random_direction(at.lower)).upper)) > 0
-    curvature, distance = _curvature_along_residual(linear), _lower_distance(linear, exact, at)
-    cancellation = _cancellation(linear, exact)
-    # From here on parameters move in place, which ends the life of ``linear``.
-    difference = _engine_difference(subject, problem, linear, exact, repeats)
+    seen = float(norm(exact.products(random_direction(at.lower)).upper)) > 0
+    curvature, distance = _curvature_along_residual(exact), _lower_distance(exact, at)
+    cancellation = _cancellation(exact)
+    # From here on parameters move in place, which ends the life of ``exact.linear``.
+    difference = _engine_difference(subject, problem, exact, repeats)
     report = HypergradientReport(
         cosine=cosine,
         relative_error=error,
@@ -179,14 +179,11 @@ def _reference(curvature: Curvature) -> Curvature:
     return Automatic() if exact.takes_differences and not exact.falls_back else exact
 
 
-def _exact(linear: Linear, problem: ImplicitProblem, options: Options) -> Implicit:
+def _exact(problem: ImplicitProblem, options: Options) -> Implicit:
     unknowns = sum(v.numel() for v in problem.at.lower)
-    return implicit_hypergradient(
-        linear,
-        tolerance=options.tolerance or problem.tolerance,
-        max_iterations=options.max_iterations or min(10 * unknowns, _MOST_PRODUCTS),
-        damping=options.damping,
-    )
+    limit = options.max_iterations or min(10 * unknowns, _MOST_PRODUCTS)
+    solve = SolveOptions(max_iterations=limit, damping=options.damping)
+    return implicit_hypergradient(problem, solve, options.tolerance or problem.tolerance)
 
 
 def _compared(estimate: Tensors, exact: Tensors) -> tuple[float, float]:
@@ -202,26 +199,27 @@ def _compared(estimate: Tensors, exact: Tensors) -> tuple[float, float]:
 # Symptoms.
 
 
-def _curvature_along_residual(linear: Linear) -> float:
-    r, square = linear.residual, float(dot(linear.residual, linear.residual))
-    return float(dot(r, linear.product(r).lower)) / square if square > 0 else math.nan
+def _curvature_along_residual(exact: Implicit) -> float:
+    r = exact.linear.residual
+    square = float(dot(r, r))
+    return float(dot(r, exact.linear.product(r))) / square if square > 0 else math.nan
 
 
-def _lower_distance(linear: Linear, exact: Implicit, at: Pair) -> float:
+def _lower_distance(exact: Implicit, at: Pair) -> float:
     """||H^{-1} r|| / ||v||: the Newton step to the minimiser, to two digits."""
     if not exact.positive_definite:
         return math.nan
     newton = conjugate_gradient(
-        lambda x: linear.product(x).lower,
-        linear.residual,
+        exact.linear.product,
+        exact.linear.residual,
         tolerance=1e-2,
         max_iterations=_MOST_PRODUCTS,
     )
     return float(norm(newton.value)) / (float(norm([v.detach() for v in at.lower])) or 1.0)
 
 
-def _cancellation(linear: Linear, exact: Implicit) -> float:
-    direct, total = linear.direct.upper, exact.hypergradient
+def _cancellation(exact: Implicit) -> float:
+    direct, total = exact.direct, exact.hypergradient
     parts = float(norm(direct)) + float(norm(axpy(-1.0, direct, total)))
     return float(norm(total)) / parts if parts != 0 else 0.0
 
@@ -235,7 +233,7 @@ def _ridge_share(subject: Subject, evaluation: Evaluation) -> float:
 
 
 def _engine_difference(
-    subject: Subject, problem: ImplicitProblem, linear: Linear, exact: Implicit, repeats: Repeats
+    subject: Subject, problem: ImplicitProblem, exact: Implicit, repeats: Repeats
 ) -> float:
     """How much (J q, H q) of an independent engine differ, the larger of both blocks.
 
@@ -245,15 +243,15 @@ def _engine_difference(
         return math.nan
     own = subject.curvature.takes_differences and not subject.curvature.falls_back
     other = copy.deepcopy(subject.curvature) if own else FiniteDifference(central=True)
-    direction = exact.adjoint
+    direction = exact.solution.value
     if not 0 < float(norm(direction)) < math.inf:
         direction = random_direction(subject.at.lower)
-    here = linear.product(direction)
+    here = exact.products(direction)
     twin = ImplicitProblem(subject.losses, subject.at, other, subject.reduce)
-    there = twin.linearise().product(direction)
+    there = exact._replace(linear=twin.linearise()).products(direction)
     differences = [axpy(-1.0, a, b) for a, b in zip(here, there, strict=True)]
     sizes = [
-        max(float(norm(here.upper)), float(norm(linear.direct.upper))),
+        max(float(norm(here.upper)), float(norm(exact.direct))),
         float(norm(here.lower)),
     ]
     return max(float(norm(d)) / (s or 1.0) for d, s in zip(differences, sizes, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .estimate import estimated as estimated
+from .implicit import solve_adjoint as solve_adjoint
 from .lower_steps import learning_rates as learning_rates
 from .lower_steps import restart as restart
 from .lower_steps import take_lower_steps as take_lower_steps
@@ -14,7 +15,9 @@ from .options import check_loop as check_loop
 from .options import check_method as check_method
 from .options import check_options as check_options
 from .options import count_at as count_at
+from .problem import Linear as Linear
 from .problem import Problem as Problem
+from .problem import Upper as Upper
 from .problem import check_serves_maps as check_serves_maps
 from .pure import HypergradientInfo as HypergradientInfo
 from .pure import pure_hypergradient as pure_hypergradient

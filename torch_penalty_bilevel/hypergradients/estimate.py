@@ -42,11 +42,6 @@ class Estimate(NamedTuple):
     product: Tensors
     """A q, without damping; empty after a breakdown."""
 
-    @property
-    def broke_down(self) -> bool:
-        """Is there no hypergradient?"""
-        return math.isnan(self.solution.residual_norm)
-
     def on_face(self, face: Faces, cost: int) -> Evaluation:
         """What an optimizer's step needs: the hypergradient along the face of u."""
         return Evaluation(
@@ -108,7 +103,7 @@ def estimated(
         solution = _judged(adjoint, 0, error, slope, tolerance, remedy)
     else:
         raise AssertionError(method)
-    if math.isnan(solution.residual_norm):  # no product with NaN: the closures may object
+    if solution.broke_down:  # no product with NaN: the closures may object
         nan = tuple(torch.full_like(u, torch.nan, requires_grad=False) for u in problem.at.upper)
         return Estimate(upper, linear.loss, linear.residual, nan, solution, ())
     if method == "stochastic":
@@ -123,6 +118,7 @@ def _judged(
 ) -> Solution:
     """``adjoint`` as the solution it is, with residual ``error``."""
     size, bound = float(norm(error)), tolerance * float(norm(slope))
-    converged = size <= bound < math.inf  # of infinite norms nothing is known
+    if size <= bound < math.inf:  # of infinite norms nothing is known
+        return Solution(adjoint, products, size, "converged", "converged")
     message = f"||A q + grad_v f|| = {size:.1e} > {bound:.1e}; {remedy}"
-    return Solution(adjoint, products, size, converged, "converged" if converged else message)
+    return Solution(adjoint, products, size, "unfinished", message)

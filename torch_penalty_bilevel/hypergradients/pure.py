@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..linear_solve import Status
 from ..tensors import Pair, Tensors, axpy, filled, norm, sum_of_optional
 from .estimate import estimated
 from .forward import carry_forward
@@ -22,13 +23,18 @@ class HypergradientInfo(NamedTuple):
     residual_norm: float
     """||(H + damping) q + grad_v f||_2 (not squared), the certificate; of a map with (I - dPhi/dv)'
     in the place of H. Of ``"forward"``, which has no q: ||dr/du + (dr/dv) dv/du||_F."""
-    converged: bool
-    """Did the residual reach the tolerance? Of ``"reverse"`` and ``"forward"`` also: did v?"""
+    status: Status
+    """How it ended; see ``linear_solve.Status``."""
     message: str
     """What happened and what to try."""
     adjoint: Any
     """q, shaped like ``lower``; -(H + damping)^{-1} grad_v f when converged. None of
     ``"forward"``."""
+
+    @property
+    def converged(self) -> bool:
+        """Did the residual reach the tolerance? Of ``"reverse"`` and ``"forward"`` also: did v?"""
+        return self.status == "converged"
 
 
 def pure_hypergradient(
@@ -63,14 +69,14 @@ def pure_hypergradient(
     kept = visits[-options.truncation :] if options.truncation else visits
     estimate = estimated(problem, method, options, kept)
     solution = estimate.solution
-    message, converged = solution.message, solution.converged
+    message, status = solution.message, solution.status
     if method == "reverse":
         assert step is not None
         moving = _still_moves(problem, estimate.residual, step, start, options.tolerance)
         if moving:
-            message, converged = moving, False
+            message, status = moving, "unfinished"
     info = HypergradientInfo(
-        solution.iterations, solution.residual_norm, converged, message, solution.value
+        solution.iterations, solution.residual_norm, status, message, solution.value
     )
     return filled(estimate.hypergradient, problem.at.upper), info
 
@@ -89,8 +95,8 @@ def _forward(
             "lower_steps"
         )
     total = filled(sum_of_optional(upper.direct, carried.indirect), problem.at.upper)
-    ended = message or "converged"
-    return total, HypergradientInfo(len(visits), carried.error, not message, ended, None)
+    status: Status = "unfinished" if message else "converged"
+    return total, HypergradientInfo(len(visits), carried.error, status, message or status, None)
 
 
 def _still_moves(

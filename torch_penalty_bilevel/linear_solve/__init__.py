@@ -1,6 +1,6 @@
 """Linear solvers that know a matrix by its products, on tuples of tensors.
 
-All return the last iterate with its true residual; a breakdown is NaN with a message.
+All return the last iterate with its true residual; a breakdown is NaN, and ``status`` names it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from .conjugate_gradient import least_squares as least_squares
 from .semidefinite import conjugate_residual as conjugate_residual
 from .solution import Product as Product
 from .solution import Solution as Solution
+from .solution import Status as Status
 from .spectrum import lanczos_lowest as lanczos_lowest
 from .spectrum import largest_stretch as largest_stretch
 from .spectrum import random_direction as random_direction

@@ -30,8 +30,8 @@ def conjugate_gradient(
         start: x_0, for one product more; None is zero.
 
     Returns:
-        The last iterate with its true residual. A direction of non-positive curvature (A is not
-        positive definite) is a breakdown: the value is NaN and ``converged`` is False.
+        The last iterate with its true residual. At a direction of curvature <= 0, which says that A
+        is not positive definite, it stops: NaN, with status ``"negative_curvature"``.
 
     Example:
         >>> import torch
@@ -57,7 +57,8 @@ def conjugate_gradient(
         products += 1
         curvature = float(dot(direction, curved))
         if not curvature > 0:
-            return broken(right, products, _breakdown(curvature))
+            status = "negative_curvature" if curvature <= 0 else "not_finite"
+            return broken(right, products, status, _breakdown(curvature))
         step = square / curvature
         value = axpy(step, direction, value)
         residual, exact = axpy(-step, curved, residual), False
@@ -68,10 +69,11 @@ def conjugate_gradient(
         square = float(dot(residual, residual))
     error = math.sqrt(square)
     if not math.isfinite(error):
-        return broken(right, products, "conjugate gradients met a product that is not finite")
-    converged = square <= bound
-    message = "converged" if converged else stopped(products, error, tolerance)
-    return Solution(value, products, error, converged, message)
+        message = "conjugate gradients met a product that is not finite"
+        return broken(right, products, "not_finite", message)
+    if square <= bound:
+        return Solution(value, products, error, "converged", "converged")
+    return Solution(value, products, error, "unfinished", stopped(products, error, tolerance))
 
 
 def least_squares(
@@ -119,12 +121,13 @@ def least_squares(
     residual = first_residual(product, right, start)
     pull_back = transposed or product
     goal = tolerance * float(norm(right))
-    products, previous, direction = 0, 0.0, value
+    products, previous, direction, least = 0, 0.0, value, False
     while products + 2 <= limit and float(norm(residual)) > goal:
         ascent = pull_back(residual)
         square = float(dot(ascent, ascent))
-        if not square > 0:
-            break  # b - A x is orthogonal to the range of A: no x is better
+        if not square > 0:  # b - A x is orthogonal to the range of A: no x is better
+            least = square == 0
+            break
         follow = conjugate and previous > 0
         direction = axpy(square / previous, direction, ascent) if follow else ascent
         curved = product(direction)
@@ -134,20 +137,21 @@ def least_squares(
         previous = square
     error = float(norm(axpy(-1.0, product(value), right)))
     if not math.isfinite(error):
-        return broken(right, products, "least squares met a product that is not finite")
+        message = "least squares met a product that is not finite"
+        return broken(right, products, "not_finite", message)
     # The recursion drifts from the definition by rounding: ten times the bound is still believed.
-    converged = error <= 10 * goal < math.inf
+    if error <= 10 * goal < math.inf:
+        return Solution(value, products, error, "converged", "converged")
     message = (
-        "converged"
-        if converged
-        else f"least squares stopped at ||b - A x|| = {error:.1e} > {tolerance:.1e} * ||b|| after "
+        f"least squares stopped at ||b - A x|| = {error:.1e} > {tolerance:.1e} * ||b|| after "
         f"{products} products; raise max_iterations or tolerance, or there is no solution"
     )
-    return Solution(value, products, error, converged, message)
+    return Solution(value, products, error, "no_solution" if least else "unfinished", message)
 
 
 def _breakdown(curvature: float) -> str:
     return (
         f"curvature {curvature:.3g} along a search direction: the Hessian is not positive definite "
-        "there; minimise the lower level further, or add damping"
+        'there; minimise the lower level further, add damping, or take method="cg_normal", which '
+        "needs no sign"
     )

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from ..tensors import Tensors, axpy, norm, scale
 
 Product: TypeAlias = Callable[[Tensors], Tensors]
 """x -> A x."""
+
+
+Status: TypeAlias = Literal[
+    "converged", "unfinished", "negative_curvature", "diverged", "not_finite", "no_solution"
+]
+"""How a solve ended: within the tolerance; above it (out of products, or a method that does not
+iterate); at a direction along which A is not positive; with a residual that grew; at a product that
+is not finite; at the least residual, which is too large."""
 
 
 class Solution(NamedTuple):
@@ -21,15 +29,25 @@ class Solution(NamedTuple):
     """Products used, without the last one, which only confirms the residual."""
     residual_norm: float
     """||b - A x||_2 of ``value`` (not squared), recomputed from the definition."""
-    converged: bool
-    """residual_norm <= tolerance * ||b||_2."""
+    status: Status
+    """How it ended."""
     message: str
     """What happened and what to try."""
 
+    @property
+    def converged(self) -> bool:
+        """residual_norm <= tolerance * ||b||_2."""
+        return self.status == "converged"
 
-def broken(right: Tensors, products: int, message: str) -> Solution:
+    @property
+    def broke_down(self) -> bool:
+        """There is no value."""
+        return math.isnan(self.residual_norm)
+
+
+def broken(right: Tensors, products: int, status: Status, message: str) -> Solution:
     """A breakdown."""
-    return Solution(scale(right, math.nan), products, math.nan, False, message)
+    return Solution(scale(right, math.nan), products, math.nan, status, message)
 
 
 def stopped(products: int, error: float, tolerance: float) -> str:
@@ -66,12 +84,12 @@ def ended(
     """
     error, size = float(norm(residual)), float(norm(right))
     if error <= tolerance * size < math.inf:
-        return Solution(value, products, error, True, "converged")
+        return Solution(value, products, error, "converged", "converged")
     # The slack is for the rounding of x = 0 itself.
     if not error <= max(worst * size, first) * (1 + 1e-6) < math.inf:
         message = f"diverged: ||b - A x|| = {error:.1e} after {products} products, worse than x = 0"
-        return broken(right, products, f"{message}; {remedy}")
-    return Solution(value, products, error, False, stopped(products, error, tolerance))
+        return broken(right, products, "diverged", f"{message}; {remedy}")
+    return Solution(value, products, error, "unfinished", stopped(products, error, tolerance))
 
 
 def first_residual(product: Product, right: Tensors, start: Tensors | None) -> Tensors:

@@ -19,7 +19,7 @@ from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch
 from ..constraints import Faces
 from ..curvature import Curvature
-from ..errors import NonFiniteError
+from ..errors import AdjointError
 from ..evaluation import Evaluation, Norms, measure
 from ..hypergradients import (
     IMPLICIT,
@@ -196,9 +196,10 @@ class HypergradientOptimizer(RemembersAdjoint):
         Returns f at the end of the lower steps, detached, 0-d.
 
         Raises:
-            NonFiniteError: a loss, a gradient or the adjoint is not finite, after a breakdown for
-                instance. As after any exception, parameters, buffers, random generators and state
-                are as before the call.
+            NonFiniteError: a loss or a gradient is not finite. As after any exception, parameters,
+                buffers, random generators and state are as before the call.
+            AdjointError: the solver broke down; its ``status`` says how, ``"negative_curvature"``
+                for instance, its text what to try.
             UnusedParameterError: no loss depends on an upper parameter.
             NondeterministicClosureError: ``"reverse"`` met other data when it repeated a step.
         """
@@ -301,8 +302,8 @@ class HypergradientOptimizer(RemembersAdjoint):
         """An adjoint, and the upper step; returns f."""
         number = self._counts["steps"]
         estimate = estimated(problem, self.method, self._options_at(number), visits)
-        if estimate.broke_down:
-            raise NonFiniteError(f"adjoint: {estimate.solution.message}; {problem.place}")
+        if estimate.solution.broke_down:
+            raise AdjointError(estimate.solution.status, estimate.solution.message, problem.place)
         face = self._restriction.faces(here.at.upper, estimate.hypergradient)
         evaluation = estimate.on_face(face, problem.evaluations)
         measured = measure(evaluation, here.upper_names, number + 1)
