@@ -19,7 +19,7 @@ from .hypergradients import Options, Problem, check_method, check_options, pure_
 from .linear_solve import MakeOptimizer
 from .penalties import Losses
 from .pytrees import Structure, Tree
-from .tensors import OptionalPair, Pair, Tensors, cast_like, filled
+from .tensors import Pair, Tensors, cast_like, filled, sum_of_optional
 
 U = TypeVar("U")
 V = TypeVar("V")
@@ -87,8 +87,11 @@ def penalty_gradient(
             m + q
             for m, q in zip(flat.lower.leaves_of("multiplier", multiplier), adjoint, strict=True)
         )
-    upper_grad, lower_slope = _sum(direct, linearised.product(adjoint), flat.at)
-    lower_grad = tuple(a + damping * r for a, r in zip(lower_slope, residual, strict=True))
+    indirect = linearised.product(adjoint)
+    upper_grad = filled(sum_of_optional(direct.upper, indirect.upper), flat.at.upper)
+    slope = filled(sum_of_optional(direct.lower, indirect.lower), flat.at.lower)
+    # Plain arithmetic: torch.func.vmap has no batching rules for the foreach kernels.
+    lower_grad = tuple(a + damping * r for a, r in zip(slope, residual, strict=True))
     return PenaltyGradient(
         flat.upper.tree(upper_grad),
         flat.lower.tree(lower_grad),
@@ -210,13 +213,6 @@ def hypergradient(
     if info.adjoint is not None:
         info = info._replace(adjoint=flat.lower.tree(cast_like(info.adjoint, at.lower)))
     return flat.upper.tree(cast_like(total, at.upper)), info
-
-
-def _sum(left: OptionalPair, right: OptionalPair, at: Pair) -> Pair:
-    # Plain additions: torch.func.vmap has no batching rules for the foreach kernels.
-    upper = zip(filled(left.upper, at.upper), filled(right.upper, at.upper), strict=True)
-    lower = zip(filled(left.lower, at.lower), filled(right.lower, at.lower), strict=True)
-    return Pair(tuple(a + b for a, b in upper), tuple(a + b for a, b in lower))
 
 
 class _Flat:
