@@ -22,7 +22,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
-	$(PIP) --editable '.[examples,test,bench]'
+	$(PIP) --editable '.[examples,test,trainers,bench]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.test

@@ -13,3 +13,7 @@ from .groups import mark as mark
 from .groups import named as named
 from .groups import names as names
 from .groups import parameters as parameters
+from .joined import Joined as Joined
+from .joined import Together as Together
+from .joined import owner as owner
+from .joined import parts as parts

@@ -10,10 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .aliasing import overlapping
+from .joined import Together, parts
 
 Level: TypeAlias = Literal["upper", "lower"]
 Parameters: TypeAlias = (
-    Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | Optimizer
+    Iterable[Tensor]
+    | Iterable[tuple[str, Tensor]]
+    | Iterable[dict[str, Any]]
+    | Optimizer
+    | Sequence[Optimizer]
 )
 
 
@@ -30,13 +35,14 @@ def build(
         ValueError: nothing to optimise, or an ``lr`` that would have no effect.
         TypeError: not parameters.
     """
-    if isinstance(argument, Optimizer):
+    ready = _ready(argument, level)
+    if ready is not None:
         if lr is not None:
             raise ValueError(
-                f"{level}_lr={lr} has no effect: {level} is a ready {type(argument).__name__}; "
+                f"{level}_lr={lr} has no effect: {level} is a ready {type(ready).__name__}; "
                 "set its learning rate where you build it"
             )
-        optimizer = argument
+        optimizer = ready
     else:
         optimizer = make(_as_list(argument, level), lr=_checked_lr(lr, level, default_lr))
     for group in optimizer.param_groups:
@@ -119,6 +125,21 @@ def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
+def _ready(argument: Any, level: Level) -> Optimizer | None:
+    """The rule that was given, of a list all of it as one; None where parameters were."""
+    if isinstance(argument, Optimizer):
+        return argument
+    if not isinstance(argument, (list, tuple)):
+        return None
+    given = list[Any](argument)
+    rules = [one for one in given if isinstance(one, Optimizer)]
+    if not rules:
+        return None
+    if len(rules) < len(given):
+        raise TypeError(f"{level} mixes optimizers and parameters; give the rest a rule of its own")
+    return Together(rules)
+
+
 def _as_list(argument: Any, level: Level) -> list[Any]:
     if isinstance(argument, Tensor):
         raise TypeError(f"{level} is a single tensor; write [{level}] to optimise one tensor")
@@ -147,7 +168,7 @@ def _checked_lr(lr: Any, level: Level, default: float) -> float:
 
 
 def _check_rule(optimizer: Optimizer, level: Level) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if any(isinstance(rule, torch.optim.LBFGS) for rule in parts(optimizer)):
         raise ValueError(
             f"{level} cannot be LBFGS: its step evaluates a closure of its own and does not see "
             "the penalty; use a rule whose step() takes no closure, such as Adam or SGD"

@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from ..undo.rule_memory import copied
 from .around import around
+from .joined import Together
 
 _COUNTERS = ("step", "mu_product", "mu", "eta")
 """What rules of torch.optim keep once per tensor, whatever its gradient is."""
@@ -33,6 +34,8 @@ def step_touched_rows(rule: Optimizer) -> None:
     orthogonalisation. These mix the rows in the batch. Needs state by rows, as all of torch.optim
     have it.
     """
+    if isinstance(rule, Together):
+        return rule.step_by(step_touched_rows)
     found = [
         (group, parameter, rows)
         for group in rule.param_groups

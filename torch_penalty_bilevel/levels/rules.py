@@ -25,6 +25,7 @@ from ..errors import warn
 from ..tensors import Tensors
 from .around import around
 from .groups import Level, names, parameters
+from .joined import Together, parts
 
 _COUPLED = (
     optim.SGD,
@@ -41,8 +42,9 @@ _COUPLED = (
 
 def check(rule: Optimizer, level: Level, lower_is_map: bool = False) -> None:
     """Raise ``ValueError`` for an option that changes the level's problem behind its back."""
-    for group in rule.param_groups:
-        check_group(rule, group, level, lower_is_map)
+    for part in parts(rule):
+        for group in part.param_groups:
+            check_group(part, group, level, lower_is_map)
 
 
 def check_group(
@@ -122,6 +124,8 @@ def _decays(rule: Optimizer) -> list[Any]:
 
 def step_without_decay(rule: Optimizer) -> None:
     """``rule.step()`` on gradients that hold the decay already; its hooks see the option."""
+    if isinstance(rule, Together):
+        return rule.step_by(step_without_decay)
     with around(rule, lambda: _without_decay(rule)):
         rule.step()
 

@@ -73,8 +73,8 @@ class TwoLevelMemory(TwoLevelOptimizer):
             ValueError: the checkpoint does not fit; nothing was changed.
         """
         own = self._gathered(state_dict)
-        for group in state_dict["param_groups"]:
-            rule = self._rules()[group["level"]]
+        for group, here in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            rule = levels.owner(self._rules()[group["level"]], here)
             rules.check_group(rule, group, group["level"], self._lower_is_map())
         checkpoint.check_shapes(state_dict, self.param_groups)
         self._check_own_state(own)

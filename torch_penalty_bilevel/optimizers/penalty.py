@@ -70,7 +70,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
 
     Args:
         upper: the upper parameters u: tensors, (name, tensor) pairs, parameter-group dicts, or a
-            ready ``torch.optim.Optimizer`` over them.
+            ready ``torch.optim.Optimizer`` over them, or a list of several (Muon for the matrices,
+            Adam for the rest), which then move the level together.
         lower: the lower parameters v, likewise.
         upper_lr: learning rate where an upper group names none (default: 1e-3).
         lower_lr: the same for the lower level (default: 1e-3).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,19 +32,11 @@ class Here(NamedTuple):
     """Which of them."""
 
 
-class TwoLevelOptimizer(Optimizer):
-    """An upper and a lower rule with one list of groups, one state and one checkpoint.
-
-    ``param_groups`` and ``state`` are views of what the rules hold, computed when asked for, so a
-    scheduler, a checkpoint or a hook may address either: a copied list would silently fork as
-    soon as a rule reloads its own state.
-
-    Subclasses name their instance attributes in ``_fields`` (what pickle keeps) and call ``_join``.
-    """
+class TwoLevelOptimizer(levels.Joined):
+    """An upper and a lower rule with one list of groups, one state and one checkpoint."""
 
     upper: Optimizer
     lower: Optimizer
-    _order: list[str]
     _scope: Scope
     _adjoint: Tensors
     """One tensor shaped like each lower parameter, and possibly more."""
@@ -72,35 +64,21 @@ class TwoLevelOptimizer(Optimizer):
         rules.check(upper_rule, "upper")
         rules.check(lower_rule, "lower")
         rules.warn_of_coarse(lower_rule)
-        self._join(upper_rule, lower_rule)
-
-    def _join(self, upper: Optimizer, lower: Optimizer) -> None:
-        """Start life with these two rules, in the way unpickling does."""
-        self.upper, self.lower = upper, lower
+        self.upper, self.lower = upper_rule, lower_rule
         self._scope = Scope()
-        self._order = ["upper"] * len(upper.param_groups) + ["lower"] * len(lower.param_groups)
-        self._has_two_rates = rules.rates(upper, "lr") != rules.rates(lower, "lr")
-        # Schedulers that cycle momentum look here for what all groups have.
-        common = {k: v for k, v in upper.defaults.items() if lower.defaults.get(k) == v}
-        super().__setstate__({"defaults": common})
+        self._has_two_rates = rules.rates(upper_rule, "lr") != rules.rates(lower_rule, "lr")
+        self._join()
 
     def _rules(self) -> dict[str, Optimizer]:
         return {"upper": self.upper, "lower": self.lower}
 
-    # torch.optim.Optimizer keeps these two as plain attributes; here they are views.
+    def _appeared(self, key: levels.Level, group: dict[str, Any]) -> None:
+        levels.mark(group, key)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """All groups, in the order they were added; each says its ``"level"``."""
-        waiting: dict[str, Iterator[dict[str, Any]]] = {
-            level: iter(rule.param_groups) for level, rule in self._rules().items()
-        }
-        groups = [next(waiting[level]) for level in self._order]
-        for level, rest in waiting.items():  # added to a rule behind this object's back
-            for group in rest:
-                levels.mark(group, level)  # type: ignore[arg-type]
-                self._order.append(level)
-                groups.append(group)
+        groups = super().param_groups
         # Torch's tools load into what a live group has.
         self.lower.param_groups[0].setdefault(checkpoint.GROUP, {})
         return groups
@@ -182,7 +160,8 @@ class TwoLevelOptimizer(Optimizer):
             for i, p in enumerate(group["params"])
         ]
         levels.check_memory([*held_here, *new])
-        rules.check_group(rule, rule.defaults | group, level, self._lower_is_map())
+        part = levels.owner(rule, group)
+        rules.check_group(part, part.defaults | group, level, self._lower_is_map())
         rule.add_param_group(group)
         self._order.append(level)
         self._group_added(level, group["params"])
@@ -230,20 +209,3 @@ class TwoLevelOptimizer(Optimizer):
 
     def _lower_is_map(self) -> bool:
         raise NotImplementedError
-
-    # Pickle, deepcopy.
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Not the rest of __dict__: schedulers wrap ``step`` on the instance, and hooks, as torch
-        # has it, are not pickled.
-        return {name: self.__dict__[name] for name in self._fields}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        own = {k: v for k, v in state.items() if k not in ("param_groups", "state")}
-        super().__setstate__(own)
-        if "param_groups" in state:  # from load_state_dict, which builds new groups and state
-            for level, rule in self._rules().items():
-                groups = [g for g in state["param_groups"] if g["level"] == level]
-                held = [p for g in groups for p in g["params"] if p in state["state"]]
-                moments = {p: state["state"][p] for p in held}
-                rule.__setstate__({"param_groups": groups, "state": defaultdict(dict, moments)})
