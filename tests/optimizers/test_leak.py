@@ -46,12 +46,12 @@ def live():
 @pytest.mark.parametrize(
     ("make", "options", "steps"),
     [
-        (PenaltyBilevelOptimizer, {"curvature": "double_backward"}, 800),
-        (PenaltyBilevelOptimizer, {"curvature": "finite_difference"}, 800),
-        (PenaltyBilevelOptimizer, {"penalty": "value"}, 200),
-        (PenaltyBilevelOptimizer, {"penalty": "paper", "lower_steps": 2}, 200),
-        (HypergradientOptimizer, {"method": "cg", "damping": 10.0}, 200),
-        (HypergradientOptimizer, {"method": "reverse", "lower_steps": 3}, 200),
+        (PenaltyBilevelOptimizer, {"curvature": "double_backward"}, 400),
+        (PenaltyBilevelOptimizer, {"curvature": "finite_difference"}, 400),
+        (PenaltyBilevelOptimizer, {"penalty": "value"}, 100),
+        (PenaltyBilevelOptimizer, {"penalty": "paper", "lower_steps": 2}, 100),
+        (HypergradientOptimizer, {"method": "cg", "damping": 10.0}, 100),
+        (HypergradientOptimizer, {"method": "reverse", "lower_steps": 3}, 100),
     ],
     ids=lambda value: ", ".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

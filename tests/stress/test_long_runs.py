@@ -36,7 +36,7 @@ def combinations():
             yield penalty, problem, dtype, schedule, STEPS
         return
     f32, f64 = DTYPES
-    yield "stationarity", "indefinite", f32, "constant", 20_000
+    yield "stationarity", "indefinite", f32, "constant", 5 * STEPS
     yield "stationarity", "sloped", f64, "constant", STEPS
     yield "stationarity", "loose", f32, "decaying", STEPS
     yield "stationarity", "weighted", f64, "decaying", STEPS
