@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 
 import pytest
 from layers import FLOORS, LAYERS
@@ -175,3 +176,13 @@ def test_tests_lie_in_the_folders_of_what_they_test():
     assert folders <= rooms | {"commands", "stress"}
     here = {path.name for path in TESTS.glob("*.py") if not path.name.startswith("test_")}
     assert here == {"conftest.py"}, "what test files share is in tests/helpers"
+
+
+def test_a_class_has_a_name_of_its_own():
+    found = [
+        match
+        for path in PACKAGE.rglob("*.py")
+        for match in re.findall(r"^class ([A-Za-z]\w*)", path.read_text(), re.MULTILINE)
+    ]
+    assert len(found) > 50
+    assert len(set(found)) == len(found)

@@ -14,7 +14,7 @@ from torch_penalty_bilevel import (
     PenaltyBilevelOptimizer,
     UnusedParameterError,
 )
-from torch_penalty_bilevel.adapters.constraints import Restriction
+from torch_penalty_bilevel.adapters.constraints import ConstrainedLevel
 from torch_penalty_bilevel.checks.suspicions import DependenceWatch
 from torch_penalty_bilevel.constraints import Ball, Box, Inequality
 from torch_penalty_bilevel.levels.trial_step import stepped
@@ -228,7 +228,7 @@ def test_memory_of_inequalities_stays_last_when_a_group_comes_late():
 def test_multipliers_of_lower_inequalities_ascend_by_their_own_steps():
     """z by kappa rho r, never below 0; its part of nu by min(rho, 1 / L) of its residual."""
     for weight, bound, step in ((10.0, 4.0, 0.25), (0.1, 4.0, 0.1), (3.0, 0.0, 3.0)):
-        restriction = Restriction("lower", Inequality(lambda: None, weight=weight, rate=0.5))
+        restriction = ConstrainedLevel("lower", Inequality(lambda: None, weight=weight, rate=0.5))
         restriction.multipliers = (torch.tensor([0.1, 1.0]),)
         nu, a, r = torch.tensor([1.0, 2.0]), torch.tensor([0.3, -0.6]), torch.tensor([-9.0, 0.2])
         dual = LeastSquaresState((torch.zeros(3), nu), curvature=bound)

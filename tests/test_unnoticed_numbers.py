@@ -20,7 +20,7 @@ from torch_penalty_bilevel.checks.exact import ImplicitProblem, implicit_hypergr
 from torch_penalty_bilevel.curvature import Automatic
 from torch_penalty_bilevel.evaluation import Norms
 from torch_penalty_bilevel.functional import hypergradient
-from torch_penalty_bilevel.hypergradients import Options
+from torch_penalty_bilevel.hypergradients import MethodOptions
 from torch_penalty_bilevel.multipliers import Watch
 from torch_penalty_bilevel.penalties import Losses, one_worker
 from torch_penalty_bilevel.tensors import Pair
@@ -157,10 +157,10 @@ def test_an_adjoint_that_least_squares_did_not_reach_is_no_number():
         lambda u, v: (H * v[0].square()).sum() / 2 + (u[0] * v[0]).sum(),
     )
     problem = ImplicitProblem(losses, Pair((u,), (v,)), DoubleBackward(), one_worker)
-    lost = implicit_hypergradient(problem, Options(max_iterations=1), 1e-10)
+    lost = implicit_hypergradient(problem, MethodOptions(max_iterations=1), 1e-10)
     assert lost.solution.value[0].isnan().all()
     assert lost.hypergradient[0].isnan().all()
-    found = implicit_hypergradient(problem, Options(max_iterations=20), 1e-10)
+    found = implicit_hypergradient(problem, MethodOptions(max_iterations=20), 1e-10)
     torch.testing.assert_close(found.solution.value[0], -1 / H)
     torch.testing.assert_close(found.hypergradient[0], 1 - 1 / H)
     assert not found.positive_definite

@@ -15,7 +15,13 @@ from torch import Tensor
 from .curvature import VectorJacobian
 from .errors import BilevelWarning
 from .hypergradients import HypergradientInfo as HypergradientInfo
-from .hypergradients import Options, Problem, check_method, check_options, pure_hypergradient
+from .hypergradients import (
+    LocalProblem,
+    MethodOptions,
+    check_method,
+    check_options,
+    pure_hypergradient,
+)
 from .linear_solve import MakeOptimizer
 from .penalties import Losses
 from .pytrees import Structure, Tree
@@ -192,7 +198,7 @@ def hypergradient(
     """
     check_method(method)
     flat = _Flat(upper_loss, lower_loss, upper, lower, lower_is_map=lower_is_map)
-    options = Options(
+    options = MethodOptions(
         tolerance=tolerance,
         max_iterations=max_iterations,
         damping=damping,
@@ -206,7 +212,7 @@ def hypergradient(
     check_options(method, options)
     at = Pair(tuple(t.detach() for t in flat.at.upper), tuple(t.detach() for t in flat.at.lower))
     losses = Losses(flat.upper_loss, flat.lower_loss)
-    problem = Problem(losses, at, VectorJacobian(), lower_is_map=lower_is_map)
+    problem = LocalProblem(losses, at, VectorJacobian(), lower_is_map=lower_is_map)
     total, info = pure_hypergradient(problem, method, options)
     if not info.converged and method not in ("one_step", "alternating"):
         warnings.warn(f"hypergradient: {info.message}", BilevelWarning, stacklevel=2)

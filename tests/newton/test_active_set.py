@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch_penalty_bilevel.linear_solve.signed_least_squares import signed_least_squares
 from torch_penalty_bilevel.newton.active_set import ActiveSet, Corner, guess
 from torch_penalty_bilevel.newton.barrier import estimates
-from torch_penalty_bilevel.newton.counted_losses import Losses
+from torch_penalty_bilevel.newton.counted_losses import CountedLosses
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -76,7 +76,7 @@ def corner(
 ) -> Corner | None:
     """Both levels with one variable; from ``at`` and the working set of (h_U, h_L, -z)."""
     u, v = vector(at[0]), vector(at[1])
-    losses = Losses(f, g, u, v, math.inf)
+    losses = CountedLosses(f, g, u, v, math.inf)
     equation = ActiveSet(losses, h_upper, h_lower, (1.0, 1.0))
     z = torch.zeros(0 if h_lower is None else len(h_lower(u, v)))
     return equation.solve(u, v, z, torch.tensor(working), 10.0, 1e-8)
@@ -150,7 +150,7 @@ def test_far_away_is_refused() -> None:
 
 def test_least_norm_step_where_u_is_not_determined() -> None:
     """u_2 enters nothing: it stays."""
-    losses = Losses(
+    losses = CountedLosses(
         lambda u, v: square(v - 2),
         lambda u, v: square(v - u[0]),
         vector(0.7, 5.0),

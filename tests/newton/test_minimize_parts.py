@@ -20,15 +20,17 @@ from torch.testing import assert_close
 from torch_penalty_bilevel import testing
 from torch_penalty_bilevel.linear_solve import conjugate_residual, lanczos_lowest
 from torch_penalty_bilevel.newton import lower_hessian as hessian_module
-from torch_penalty_bilevel.newton.counted_losses import Losses
+from torch_penalty_bilevel.newton.counted_losses import CountedLosses
 from torch_penalty_bilevel.newton.lower_hessian import Spectral
 from torch_penalty_bilevel.newton.lower_level import solve_lower
 from torch_penalty_bilevel.newton.manifold import ReducedHessian, linearise
 from torch_penalty_bilevel.newton.trust_region import steihaug
 
 
-def manifold_point(problem: testing.Problem) -> tuple[Losses, Any]:
-    losses = Losses(problem.upper_loss, lower_loss(problem), *problem.start(generator(5)), math.inf)
+def manifold_point(problem: testing.Problem) -> tuple[CountedLosses, Any]:
+    losses = CountedLosses(
+        problem.upper_loss, lower_loss(problem), *problem.start(generator(5)), math.inf
+    )
     low = solve_lower(losses, losses.u, losses.v, 1e-12)
     return losses, linearise(losses, losses.u, low)
 
@@ -75,7 +77,7 @@ def test_rank_is_blind_to_units() -> None:
     zero = torch.zeros(6)
     for rank in (6, 5):
         loss = lambda u, v, rank=rank: square(root[:rank] @ (D * v) - u[:rank]) / 2  # noqa: E731
-        losses = Losses(loss, loss, zero, zero, math.inf)
+        losses = CountedLosses(loss, loss, zero, zero, math.inf)
         assert Spectral(losses.lower(zero, zero)).nullity == 6 - rank
 
 
@@ -151,7 +153,7 @@ def test_scales_are_homogeneous_and_never_zero() -> None:
     def scales(c: float) -> tuple[float, float]:
         f = lambda u, v: c * (u.sum() ** 2 + v.sum())  # noqa: E731
         g = lambda u, v: 3 * c * (v - u.sum()).square().sum()  # noqa: E731
-        losses = Losses(f, g, u, v, math.inf)
+        losses = CountedLosses(f, g, u, v, math.inf)
         return losses.scales(losses.u, losses.v)
 
     assert scales(1e-6) == pytest.approx([1e-6 * s for s in scales(1.0)], rel=1e-12)

@@ -16,7 +16,7 @@ from torch_penalty_bilevel import MinimizeResult, minimize
 from torch_penalty_bilevel.constraints import Box
 from torch_penalty_bilevel.linear_solve.signed_least_squares import signed_least_squares
 from torch_penalty_bilevel.newton.active_set import ActiveSet
-from torch_penalty_bilevel.newton.counted_losses import Losses
+from torch_penalty_bilevel.newton.counted_losses import CountedLosses
 from torch_penalty_bilevel.newton.lower_hessian import Spectral
 from torch_penalty_bilevel.newton.lower_level import solve_lower
 from torch_penalty_bilevel.newton.restarts import Ended, Task, _best, _cut
@@ -24,7 +24,7 @@ from torch_penalty_bilevel.newton.run import Solver
 
 
 def lower_model(g: Any, v: Tensor) -> Any:
-    losses = Losses(lambda u, v: square(v), g, torch.zeros(1), v, math.inf)
+    losses = CountedLosses(lambda u, v: square(v), g, torch.zeros(1), v, math.inf)
     return losses.lower(losses.u, losses.v)
 
 
@@ -72,7 +72,7 @@ def test_an_indefinite_hessian_has_an_inverse_and_a_positive_preconditioner() ->
 def test_a_saddle_is_left_towards_the_lower_side(tilt: float) -> None:
     """g = v^4 / 4 - v^2 / 2 + tilt v^3 / 3 at 0: the deeper well is on the side of -tilt."""
     g = lambda u, v: (v**4 / 4 - v**2 / 2 + tilt * v**3 / 3).sum() + 0 * u.sum()  # noqa: E731
-    losses = Losses(lambda u, v: square(v), g, torch.zeros(1), torch.zeros(1), math.inf)
+    losses = CountedLosses(lambda u, v: square(v), g, torch.zeros(1), torch.zeros(1), math.inf)
     low = solve_lower(losses, losses.u, losses.v, 1e-10)
     assert low.converged
     assert float(low.v) * tilt < 0
@@ -81,7 +81,7 @@ def test_a_saddle_is_left_towards_the_lower_side(tilt: float) -> None:
 def test_a_corner_out_of_reach_is_none() -> None:
     """F = (u - 1)^2 + (v - 1)^2 with v = u: the solution is one root of 2 away from 0."""
     f = lambda u, v: square(u - 1) + square(v - 1)  # noqa: E731
-    losses = Losses(f, lambda u, v: square(v - u), torch.zeros(1), torch.zeros(1), math.inf)
+    losses = CountedLosses(f, lambda u, v: square(v - u), torch.zeros(1), torch.zeros(1), math.inf)
     corners = ActiveSet(losses, lambda u, v: u - 5, None, (1.0, 1.0))
     none, outside = torch.zeros(0), torch.zeros(1, dtype=torch.bool)
     for reach, found in ((2.0, True), (1.0, False)):

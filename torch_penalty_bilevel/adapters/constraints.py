@@ -21,7 +21,7 @@ from ..undo.random_state import RandomState
 Constraint: TypeAlias = Projection | Inequality
 
 
-class Restriction:
+class ConstrainedLevel:
     """The constraints of one level; without one, nothing here does anything.
 
     Args:
@@ -188,9 +188,9 @@ class Restriction:
             )
 
 
-def upper_projection(constraint: Any, rule: Optimizer) -> Restriction:
+def upper_projection(constraint: Any, rule: Optimizer) -> ConstrainedLevel:
     """The upper level held to a set; raises ``ValueError`` for an ``Inequality``."""
-    restriction = Restriction("upper", constraint)
+    restriction = ConstrainedLevel("upper", constraint)
     if restriction.inequalities:
         raise ValueError(
             "upper_constraint takes a projection such as Box(0, 1) here; an Inequality needs "
@@ -205,7 +205,7 @@ def _bare(value: Tensor) -> Tensor:
     return torch.func.debug_unwrap(value.detach(), recurse=True)
 
 
-class Restrictions:
+class ConstrainedLevels:
     """The constraints of both levels.
 
     Args:
@@ -222,8 +222,8 @@ class Restrictions:
         upper_rule: Optimizer,
         lower_rule: Optimizer,
     ) -> None:
-        self.upper = Restriction("upper", upper_constraint)
-        self.lower = Restriction("lower", lower_constraint)
+        self.upper = ConstrainedLevel("upper", upper_constraint)
+        self.lower = ConstrainedLevel("lower", lower_constraint)
         for each, rule in ((self.upper, upper_rule), (self.lower, lower_rule)):
             each.check_start(names(rule, each.level), parameters(rule))
 

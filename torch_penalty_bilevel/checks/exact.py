@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature
-from ..hypergradients import Linear, Options, Problem, Upper, solve_adjoint
+from ..hypergradients import Linear, LocalProblem, MethodOptions, Upper, solve_adjoint
 from ..linear_solve import Solution, conjugate_gradient
 from ..penalties import Losses, Reduce
 from ..tensors import (
@@ -30,7 +30,7 @@ from ..tensors import (
 )
 
 
-class ImplicitProblem(Problem):
+class ImplicitProblem(LocalProblem):
     """Losses at leaves that require grad, whose lower level can be solved where it lies.
 
     Args:
@@ -156,7 +156,9 @@ class Implicit(NamedTuple):
         return Pair(tuple(dense(t) for t in filled_up), product)
 
 
-def implicit_hypergradient(problem: Problem, options: Options, tolerance: float) -> Implicit:
+def implicit_hypergradient(
+    problem: LocalProblem, options: MethodOptions, tolerance: float
+) -> Implicit:
     r"""The implicit function theorem, solved to tolerance.
 
     .. math:: \nabla_u f + J q, \qquad (H + \lambda I) q = -\nabla_v f

@@ -15,7 +15,7 @@ from ..arguments import check_count
 from ..curvature import Automatic, Curvature, FiniteDifference, Loss
 from ..errors import BilevelWarning
 from ..evaluation import Evaluation, measure
-from ..hypergradients import Options as SolveOptions
+from ..hypergradients import MethodOptions
 from ..linear_solve import conjugate_gradient, random_direction
 from ..penalties import Losses, Reduce
 from ..tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
@@ -30,7 +30,7 @@ _MOST_UNKNOWNS_TO_RESOLVE = 2_000
 _MOST_PRODUCTS = 1_000
 
 
-class Options(NamedTuple):
+class CheckOptions(NamedTuple):
     """How thoroughly to check; see ``PenaltyBilevelOptimizer.check_hypergradient``."""
 
     tolerance: float | None
@@ -38,7 +38,7 @@ class Options(NamedTuple):
     damping: float
     resolve: bool | None
 
-    def checked(self) -> Options:
+    def checked(self) -> CheckOptions:
         """These options; raises for values out of range."""
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(
@@ -71,7 +71,7 @@ class Subject(NamedTuple):
     """Number of the step that would come next, for errors."""
 
 
-def check(subject: Subject, options: Options) -> HypergradientReport:
+def check(subject: Subject, options: CheckOptions) -> HypergradientReport:
     """Compare; see ``HypergradientReport``. The caller undoes what this moves."""
     if subject.lower_is_map:
         raise ValueError(
@@ -86,7 +86,7 @@ def check(subject: Subject, options: Options) -> HypergradientReport:
         return _compare(subject._replace(losses=held), options, repeats)
 
 
-def _compare(subject: Subject, options: Options, repeats: Repeats) -> HypergradientReport:
+def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> HypergradientReport:
     at, losses = subject.at, subject.losses
     depends = dependence(losses, at, False, _reference(subject.curvature))
     evaluation = subject.estimate(losses)
@@ -179,10 +179,10 @@ def _reference(curvature: Curvature) -> Curvature:
     return Automatic() if exact.takes_differences and not exact.falls_back else exact
 
 
-def _exact(problem: ImplicitProblem, options: Options) -> Implicit:
+def _exact(problem: ImplicitProblem, options: CheckOptions) -> Implicit:
     unknowns = sum(v.numel() for v in problem.at.lower)
     limit = options.max_iterations or min(10 * unknowns, _MOST_PRODUCTS)
-    solve = SolveOptions(max_iterations=limit, damping=options.damping)
+    solve = MethodOptions(max_iterations=limit, damping=options.damping)
     return implicit_hypergradient(problem, solve, options.tolerance or problem.tolerance)
 
 
@@ -260,7 +260,7 @@ def _engine_difference(
 # Finite differences of the solved lower level.
 
 
-def _resolves(options: Options, at: Pair, repeats: Repeats) -> bool:
+def _resolves(options: CheckOptions, at: Pair, repeats: Repeats) -> bool:
     if options.resolve is not None:
         return options.resolve
     small = sum(v.numel() for v in at.lower) <= _MOST_UNKNOWNS_TO_RESOLVE

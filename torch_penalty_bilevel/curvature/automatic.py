@@ -17,7 +17,7 @@ from . import comparison as evidence
 from .alarm import Alarm
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference
-from .inspection import UNSTEADY, Seen, warn, with_plain_attention
+from .inspection import UNSTEADY, Inspection, warn, with_plain_attention
 from .protocol import Curvature, Linearised, Loss, Map
 
 _log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Automatic(Curvature):
         """
         if self._plain_attention:
             loss = with_plain_attention(loss)
-        random, unknown, seen = None, loss, Seen()
+        random, unknown, seen = None, loss, Inspection()
         if not self._works:
             random = RandomState(t.device for t in (*at.upper, *at.lower))
             unknown = seen.noting(loss)

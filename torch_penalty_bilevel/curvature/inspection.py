@@ -15,7 +15,7 @@ from .protocol import Loss
 _PLAIN_ATTENTION = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
-class Seen:
+class Inspection:
     """What the graph of a loss was seen to hold."""
 
     kink: str | None = None

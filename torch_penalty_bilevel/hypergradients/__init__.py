@@ -10,13 +10,13 @@ from .lower_steps import take_lower_steps as take_lower_steps
 from .options import IMPLICIT as IMPLICIT
 from .options import OPTIONS_OF as OPTIONS_OF
 from .options import Count as Count
-from .options import Options as Options
+from .options import MethodOptions as MethodOptions
 from .options import check_loop as check_loop
 from .options import check_method as check_method
 from .options import check_options as check_options
 from .options import count_at as count_at
 from .problem import Linear as Linear
-from .problem import Problem as Problem
+from .problem import LocalProblem as LocalProblem
 from .problem import Upper as Upper
 from .problem import check_serves_maps as check_serves_maps
 from .pure import HypergradientInfo as HypergradientInfo

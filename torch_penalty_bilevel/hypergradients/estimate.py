@@ -22,8 +22,8 @@ from ..tensors import (
     sum_of_optional,
 )
 from .implicit import sampled_indirect, solve_adjoint
-from .options import IMPLICIT, Options
-from .problem import Problem, Upper
+from .options import IMPLICIT, MethodOptions
+from .problem import LocalProblem, Upper
 from .unrolled import Visit, pull_back
 
 
@@ -60,7 +60,7 @@ class Estimate(NamedTuple):
 
 
 def estimated(
-    problem: Problem, method: str, options: Options, visits: Sequence[Visit] = ()
+    problem: LocalProblem, method: str, options: MethodOptions, visits: Sequence[Visit] = ()
 ) -> Estimate:
     """The hypergradient at ``problem.at`` by any method but ``"forward"``.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..tensors import OptionalTensors, Tensors, norm, scale
-from .problem import Problem
+from .problem import LocalProblem
 
 
 class Sensitivities(NamedTuple):
@@ -22,7 +22,7 @@ class Sensitivities(NamedTuple):
 
 
 def carry_forward(
-    problem: Problem, visits: list[Tensors], step_size: float, slope: Tensors
+    problem: LocalProblem, visits: list[Tensors], step_size: float, slope: Tensors
 ) -> Sensitivities:
     r"""The derivative of f(u, v_T) by one Jacobian-vector product per step and upper unknown.
 

@@ -17,16 +17,16 @@ from ..linear_solve import (
     stochastic,
 )
 from ..tensors import OptionalTensors, Tensors, axpy, scale, sum_of_optional
-from .options import Options
-from .problem import Linear, Problem
+from .options import MethodOptions
+from .problem import Linear, LocalProblem
 
 
 def solve_adjoint(
-    problem: Problem,
+    problem: LocalProblem,
     linear: Linear,
     slope: Tensors,
     method: str,
-    options: Options,
+    options: MethodOptions,
     tolerance: float,
 ) -> Solution:
     r"""The q of an implicit method.
@@ -74,7 +74,7 @@ def solve_adjoint(
             raise AssertionError(method)
 
 
-def sampled_indirect(problem: Problem, adjoint: Tensors, samples: int) -> OptionalTensors:
+def sampled_indirect(problem: LocalProblem, adjoint: Tensors, samples: int) -> OptionalTensors:
     """(dr/du)'q, the mean of ``samples`` evaluations of the lower closure."""
     total = problem.linearise().both(adjoint)[0]
     for _ in range(samples - 1):
@@ -82,7 +82,7 @@ def sampled_indirect(problem: Problem, adjoint: Tensors, samples: int) -> Option
     return tuple(None if t is None else t / samples for t in total)
 
 
-def usual_step(problem: Problem, product: Product, like: Tensors) -> float:
+def usual_step(problem: LocalProblem, product: Product, like: Tensors) -> float:
     """1 for a map, whose iteration contracts by itself; 1 / ||H||_2 (estimated) for a loss."""
     if problem.lower_is_map:
         return 1.0

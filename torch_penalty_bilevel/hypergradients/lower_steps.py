@@ -9,11 +9,11 @@ from ..levels import give, parameters
 from ..levels.rules import step_without_decay
 from ..tensors import Tensors, clones
 from ..undo.random_state import RandomState
-from .problem import Problem
+from .problem import LocalProblem
 from .unrolled import Visit
 
 
-def take_lower_steps(problem: Problem, rule: Optimizer, steps: int, kept: int) -> list[Visit]:
+def take_lower_steps(problem: LocalProblem, rule: Optimizer, steps: int, kept: int) -> list[Visit]:
     """Let ``rule`` step ``steps`` times on grad_v g, or v - Phi.
 
     Args:

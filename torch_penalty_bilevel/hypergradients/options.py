@@ -34,7 +34,7 @@ IMPLICIT = frozenset(name for name, options in OPTIONS_OF.items() if "max_iterat
 
 
 @dataclass(frozen=True)
-class Options:
+class MethodOptions:
     """Options of a method; None where the method decides."""
 
     tolerance: float | None = None
@@ -54,7 +54,7 @@ def check_method(method: Any, methods: Mapping[str, set[str]] = OPTIONS_OF) -> N
         raise ValueError(f"method must be one of {sorted(methods)}, got {method!r}")
 
 
-def check_options(method: str, options: Options) -> None:
+def check_options(method: str, options: MethodOptions) -> None:
     """Raise ``ValueError`` for an option that ``method`` does not have, or one out of range."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     for name, value in given.items():
@@ -78,7 +78,7 @@ def check_options(method: str, options: Options) -> None:
 
 
 def check_loop(
-    method: Any, options: Options, lower_steps: Any, inner_iterations: Any, warm_start: Any
+    method: Any, options: MethodOptions, lower_steps: Any, inner_iterations: Any, warm_start: Any
 ) -> None:
     """Raise for what an optimizer with live closures cannot do, or options without effect."""
     if method == "forward":

@@ -38,7 +38,7 @@ def check_serves_maps(engine: Curvature) -> None:
         )
 
 
-class Problem:
+class LocalProblem:
     """Both losses at (u, v), averaged over workers, with a count of what they cost.
 
     Args:
@@ -154,7 +154,7 @@ class Problem:
 class Linear:
     """The equation r(u, v) = 0 linearised: A = (dr/dv)', H of a loss, (I - dPhi/dv)' of a map."""
 
-    def __init__(self, problem: Problem, made: Linearised) -> None:
+    def __init__(self, problem: LocalProblem, made: Linearised) -> None:
         self._problem, self._made = problem, made
         self._last: tuple[Tensors, tuple[OptionalTensors, Tensors]] | None = None
         self.loss = made.loss

@@ -10,8 +10,8 @@ from ..tensors import Pair, Tensors, axpy, filled, norm, sum_of_optional
 from .estimate import estimated
 from .forward import carry_forward
 from .implicit import usual_step
-from .options import Options
-from .problem import Problem, Upper
+from .options import MethodOptions
+from .problem import LocalProblem, Upper
 from .unrolled import descend
 
 
@@ -38,7 +38,7 @@ class HypergradientInfo(NamedTuple):
 
 
 def pure_hypergradient(
-    problem: Problem, method: str, options: Options
+    problem: LocalProblem, method: str, options: MethodOptions
 ) -> tuple[Tensors, HypergradientInfo]:
     """The hypergradient by any method; ``options`` are checked.
 
@@ -82,7 +82,7 @@ def pure_hypergradient(
 
 
 def _forward(
-    problem: Problem, visits: list[Tensors], step: float, tolerance: float | None
+    problem: LocalProblem, visits: list[Tensors], step: float, tolerance: float | None
 ) -> tuple[Tensors, HypergradientInfo]:
     upper: Upper = problem.upper()
     _, residual = problem.residual()
@@ -100,7 +100,7 @@ def _forward(
 
 
 def _still_moves(
-    problem: Problem, residual: Tensors, step: float, start: Tensors, tolerance: float | None
+    problem: LocalProblem, residual: Tensors, step: float, start: Tensors, tolerance: float | None
 ) -> str:
     """Why v_T is not a lower solution yet; empty if it is one to tolerance."""
     end = problem.at.lower
@@ -112,5 +112,5 @@ def _still_moves(
     return f"the next lower step would still move v by {move:.1e} > {bound:.1e}; raise lower_steps"
 
 
-def _attainable(problem: Problem) -> float:
+def _attainable(problem: LocalProblem) -> float:
     return problem.engine.attainable(problem.at.lower)

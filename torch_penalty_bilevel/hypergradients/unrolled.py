@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tensors import OptionalTensors, Tensors, add, cast_like, clones, scale, sum_of_optional
 from ..undo.random_state import RandomState
 from ..undo.repeats import check_repeats
-from .problem import Problem
+from .problem import LocalProblem
 
 _NEEDS_REPETITION = (
     "Reverse mode repeats lower steps on the same data: draw batches by torch's, numpy's or "
@@ -45,7 +45,7 @@ class Visit(NamedTuple):
                 )
 
 
-def descend(problem: Problem, steps: int, step_size: float) -> tuple[list[Visit], Tensors]:
+def descend(problem: LocalProblem, steps: int, step_size: float) -> tuple[list[Visit], Tensors]:
     """The visits of ``steps`` lower steps from ``problem.at``, and v_T."""
     visits: list[Visit] = []
     here = problem.at.lower
@@ -58,7 +58,7 @@ def descend(problem: Problem, steps: int, step_size: float) -> tuple[list[Visit]
 
 
 def pull_back(
-    problem: Problem, visits: Sequence[Visit], slope: Tensors
+    problem: LocalProblem, visits: Sequence[Visit], slope: Tensors
 ) -> tuple[OptionalTensors, Tensors]:
     r"""The derivative of f(u, v_T) through the steps, and the adjoint that it stands for.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..linear_solve.signed_least_squares import signed_least_squares
 from .autograd import gradient, jacobian, variable
-from .counted_losses import Losses, Values, differentiating
+from .counted_losses import CountedLosses, Values, differentiating
 from .lower_hessian import DENSE
 
 NEWTON = 25  # steps per working set
@@ -93,7 +93,7 @@ class ActiveSet:
 
     def __init__(
         self,
-        losses: Losses,
+        losses: CountedLosses,
         upper_values: Values | None,
         lower_values: Values | None,
         scales: tuple[float, float],

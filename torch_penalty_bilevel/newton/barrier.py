@@ -6,9 +6,9 @@ r"""Constraints of ``minimize``: a relaxed logarithmic barrier on each level, fo
     \tfrac12\bigl((s/\delta - 2)^2 - 1\bigr) - \log\delta \;\text{ below}, \quad \delta = \tau / 100
 
 for l = f or g, h <= 0 elementwise, tau = 0.1, 0.01, ..., tolerance. The parabola lets iterates
-start and stray outside. S is the loss's scale (``Losses.scales``), so that c f has the path of f.
-At tau the multipliers over S are tau / s, so an active bound is missed by s = tau / multiplier and
-a bound with a zero multiplier by about sqrt(tau); ``active_set`` makes up for that.
+start and stray outside. S is the loss's scale (``CountedLosses.scales``), so that c f has the path
+of f. At tau the multipliers over S are tau / s, so an active bound is missed by s = tau /
+multiplier and a bound with a zero multiplier by about sqrt(tau); ``active_set`` makes up for that.
 
 A set in a plane (``Simplex``) offers coordinates in which its equation always holds.
 """
@@ -27,7 +27,7 @@ from ..constraints import Inequality, Projection
 from .counted_losses import PureLoss, Values
 
 
-class Restriction:
+class ConstraintValues:
     """The constraints of one level, as values h <= 0 and a change of variables.
 
     Args:
@@ -90,12 +90,14 @@ def _values(name: str, constraint: Any, index: int) -> Values:
     )
 
 
-def substituted(function: Any, upper: Restriction, lower: Restriction) -> Any:
+def substituted(function: Any, upper: ConstraintValues, lower: ConstraintValues) -> Any:
     """A function of the user's variables as one of the free variables."""
     return lambda u, v: function(upper.inside(u), lower.inside(v))
 
 
-def barrier(loss: PureLoss, restriction: Restriction, tau: float, scale: float = 1.0) -> PureLoss:
+def barrier(
+    loss: PureLoss, restriction: ConstraintValues, tau: float, scale: float = 1.0
+) -> PureLoss:
     """l_tau, on the user's variables."""
     if not restriction:
         return loss

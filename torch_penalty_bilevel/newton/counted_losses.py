@@ -52,7 +52,7 @@ class LowerModel(NamedTuple):
     matrices: Callable[[], tuple[Tensor, Tensor]]  # H and J, for n_v evaluations
 
 
-class Level:
+class FlatLevel:
     """One level's pytree as a flat float64 vector, and the way back."""
 
     def __init__(self, name: str, tree: Any) -> None:
@@ -84,7 +84,7 @@ class Level:
         return self.structure.tree(leaves)
 
 
-class Losses:
+class CountedLosses:
     """Both losses with their derivatives, on flat vectors.
 
     Args:
@@ -103,7 +103,7 @@ class Losses:
         self, upper_loss: PureLoss, lower_loss: PureLoss, upper: Any, lower: Any, limit: float
     ):
         self._f, self._g = upper_loss, lower_loss
-        self.upper_level, self.lower_level = Level("upper", upper), Level("lower", lower)
+        self.upper_level, self.lower_level = FlatLevel("upper", upper), FlatLevel("lower", lower)
         device = self.lower_level.leaves[0].device
         self.u, self.v = self.upper_level.vector(device), self.lower_level.vector(device)
         self.eps = max(self.upper_level.eps, self.lower_level.eps)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .counted_losses import Losses, LowerModel, require_finite
+from .counted_losses import CountedLosses, LowerModel, require_finite
 from .lower_hessian import Hessian, Krylov, hessian_of
 from .trust_region import FLAT, Step, steihaug
 
@@ -32,7 +32,7 @@ def is_minimiser(H: Hessian, eps: float) -> bool:
 
 
 def descend(
-    losses: Losses,
+    losses: CountedLosses,
     u: Tensor,
     v: Tensor,
     H: Hessian | None = None,
@@ -111,7 +111,7 @@ def _finite(model: LowerModel) -> bool:
     return math.isfinite(model.value) and bool(torch.isfinite(model.residual).all())
 
 
-def solve_lower(losses: Losses, u: Tensor, v: Tensor, tolerance: float) -> Lowered:
+def solve_lower(losses: CountedLosses, u: Tensor, v: Tensor, tolerance: float) -> Lowered:
     """A minimiser of g(u, .) near v, never a saddle or a maximiser: those are escaped from."""
     low = descend(losses, u, v, tolerance=1e-3)
     require_finite("the lower loss at the start", v.new_tensor(low.model.value))

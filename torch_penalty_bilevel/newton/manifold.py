@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..linear_solve import lanczos_lowest
-from .counted_losses import Losses, Product, UpperModel, require_finite
+from .counted_losses import CountedLosses, Product, UpperModel, require_finite
 from .lower_hessian import Hessian, hessian_of
 from .lower_level import Lowered, descend, is_minimiser
 from .trust_region import Step, steihaug
@@ -49,7 +49,9 @@ class Point:
         return torch.cat([self.grad_u, self.H.drop(self.grad_v)]) if self.H.nullity else self.grad_u
 
 
-def linearise(losses: Losses, u: Tensor, low: Lowered, upper: UpperModel | None = None) -> Point:
+def linearise(
+    losses: CountedLosses, u: Tensor, low: Lowered, upper: UpperModel | None = None
+) -> Point:
     """The point (u, low.v); ``upper`` is f there, if known."""
     f, f_u, f_v = upper or losses.upper(u, low.v)
     require_finite("the upper loss", u.new_tensor(f))
@@ -65,7 +67,7 @@ def linearise(losses: Losses, u: Tensor, low: Lowered, upper: UpperModel | None 
 class ReducedHessian:
     """B and T at a point."""
 
-    def __init__(self, losses: Losses, at: Point) -> None:
+    def __init__(self, losses: CountedLosses, at: Point) -> None:
         self._at, self._n = at, at.u.numel()
         self._lagrangian = losses.lagrangian(at.u, at.low.v, at.q)
 
@@ -92,7 +94,7 @@ class Move:
     v: Tensor
 
 
-def newton_step(losses: Losses, at: Point, radius: float, tolerance: float) -> Move:
+def newton_step(losses: CountedLosses, at: Point, radius: float, tolerance: float) -> Move:
     """The trust-region Newton step along the manifold."""
     B, gradient = ReducedHessian(losses, at), at.gradient
     limit = 2 * gradient.numel() + 10
@@ -100,7 +102,7 @@ def newton_step(losses: Losses, at: Point, radius: float, tolerance: float) -> M
     return _move(at, B.tangent, step)
 
 
-def escapes(losses: Losses, at: Point) -> list[Move]:
+def escapes(losses: CountedLosses, at: Point) -> list[Move]:
     """Steps along the most negative curvature of f, longest first; none at a minimum."""
     B, gradient = ReducedHessian(losses, at), at.gradient
     ratio, x = lanczos_lowest(B.product, gradient, steps=10)
@@ -133,7 +135,7 @@ class Trial:
     value: float
 
 
-def attempt(losses: Losses, at: Point, move: Move, tolerance: float) -> Trial:
+def attempt(losses: CountedLosses, at: Point, move: Move, tolerance: float) -> Trial:
     """Restore the move to r = 0 by Newton's method on g(u, .), and accept it if f falls.
 
     What is left of r enters the value by f + <q, r>, exact to second order. Where the decrease

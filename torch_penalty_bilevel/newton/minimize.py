@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NondeterministicClosureError
-from .barrier import Restriction, as_list
-from .counted_losses import Losses, PureLoss
+from .barrier import ConstraintValues, as_list
+from .counted_losses import CountedLosses, PureLoss
 from .restarts import Ended, Task, search
 from .result import MinimizeResult
 from .run import Callback, Solver
@@ -84,11 +84,11 @@ def minimize(
 
     def run(task: Task, limit: int, spent: int) -> Ended:
         limits = (
-            Restriction("upper_constraint", task.upper_constraint, 0),
-            Restriction("lower_constraint", task.lower_constraint, 1),
+            ConstraintValues("upper_constraint", task.upper_constraint, 0),
+            ConstraintValues("lower_constraint", task.lower_constraint, 1),
         )
         starts = limits[0].free(task.upper), limits[1].free(task.lower)
-        losses = Losses(task.upper_loss, task.lower_loss, *starts, limit)
+        losses = CountedLosses(task.upper_loss, task.lower_loss, *starts, limit)
         if spent == 0:
             _check_deterministic(task)
         both = task.upper_loss, task.lower_loss

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .counted_losses import Losses, PureLoss
+from .counted_losses import CountedLosses, PureLoss
 from .lower_level import Lowered, descend
 
 STARTS = 8
@@ -25,7 +25,7 @@ class Rival(NamedTuple):
 
 
 def rival(
-    losses: Losses,
+    losses: CountedLosses,
     plain: tuple[PureLoss, PureLoss],
     stages: Sequence[PureLoss],
     u: Tensor,
@@ -77,7 +77,7 @@ def rival(
 
 
 def _descend(
-    losses: Losses, f: PureLoss, stages: Sequence[PureLoss], u: Tensor, v: Tensor
+    losses: CountedLosses, f: PureLoss, stages: Sequence[PureLoss], u: Tensor, v: Tensor
 ) -> Lowered | None:
     low = None
     for stage in stages:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .active_set import ActiveSet, Corner, guess
-from .barrier import Milestone, Restriction, ahead, barrier, estimates, judged, substituted
-from .counted_losses import Exhausted, Losses, PureLoss
+from .barrier import ConstraintValues, Milestone, ahead, barrier, estimates, judged, substituted
+from .counted_losses import CountedLosses, Exhausted, PureLoss
 from .lower_level import RUNAWAY, is_minimiser, solve_lower
 from .manifold import Move, Point, attempt, escapes, linearise, newton_step
 from .restarts import Ended
@@ -47,10 +47,10 @@ class Solver:
         weight: of the barrier at the start; falls by ten from phase to phase.
     """
 
-    losses: Losses
+    losses: CountedLosses
     tolerance: float
     callback: Callback | None
-    limits: tuple[Restriction, Restriction]
+    limits: tuple[ConstraintValues, ConstraintValues]
     both: tuple[PureLoss, PureLoss]
     spent: int = 0
     weight: float = 0.1

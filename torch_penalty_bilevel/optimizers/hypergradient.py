@@ -24,8 +24,8 @@ from ..evaluation import Evaluation, Norms, measure
 from ..hypergradients import (
     IMPLICIT,
     Count,
-    Options,
-    Problem,
+    LocalProblem,
+    MethodOptions,
     Visit,
     check_loop,
     check_serves_maps,
@@ -145,7 +145,7 @@ class HypergradientOptimizer(RemembersAdjoint):
         linear_optimizer: MakeOptimizer | None = None,
         samples: int | None = None,
     ) -> None:
-        self._options = Options(
+        self._options = MethodOptions(
             tolerance=tolerance,
             damping=damping,
             step_size=step_size,
@@ -253,7 +253,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             ValueError: as ``upper_step``; or the lower level is a map.
         """
         self._check_needs_no_steps("check_hypergradient")
-        options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
+        options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
         with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
             losses, here = self._losses(upper_closure, lower_closure, guard), self._here()
             number = self._counts["steps"]
@@ -278,10 +278,10 @@ class HypergradientOptimizer(RemembersAdjoint):
         rest = self.upper, self.lower, guard, self.lower_is_map
         return closures.losses_of(self.curvature, upper, lower, *rest)
 
-    def _problem(self, losses: Losses, here: Here, engine: Curvature | None = None) -> Problem:
+    def _problem(self, losses: Losses, here: Here, engine: Curvature | None = None) -> LocalProblem:
         place = f"in step {self._counts['steps'] + 1}; nothing was changed"
         at, is_map = (losses, here.at, engine or self.curvature), self.lower_is_map
-        return Problem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
+        return LocalProblem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
 
     def _step(self, losses: Losses) -> Tensor:
         number, here = self._counts["steps"], self._here()
@@ -297,7 +297,7 @@ class HypergradientOptimizer(RemembersAdjoint):
         return self._raise(losses, here, problem, visits)
 
     def _raise(
-        self, losses: Losses, here: Here, problem: Problem, visits: Sequence[Visit]
+        self, losses: Losses, here: Here, problem: LocalProblem, visits: Sequence[Visit]
     ) -> Tensor:
         """An adjoint, and the upper step; returns f."""
         number = self._counts["steps"]
@@ -315,7 +315,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             rows.step_touched_rows(self.upper)
         return evaluation.upper_loss
 
-    def _options_at(self, number: int) -> Options:
+    def _options_at(self, number: int) -> MethodOptions:
         options = self._options
         if options.step_size is None and self.method in _OF_LEARNING_RATE:
             step = 1.0 if self.lower_is_map else min(learning_rates(self.lower))

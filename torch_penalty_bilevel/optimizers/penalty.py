@@ -15,7 +15,7 @@ from .. import curvature as engines
 from .. import levels, penalties
 from ..adapters import closures
 from ..adapters.closures import Closure, Closures
-from ..adapters.constraints import Constraint, Restrictions
+from ..adapters.constraints import ConstrainedLevels, Constraint
 from ..arguments import check_count
 from ..checks import self_check
 from ..checks.report import HypergradientReport
@@ -155,7 +155,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
-        self._sets = Restrictions(upper_constraint, lower_constraint, self.upper, self.lower)
+        self._sets = ConstrainedLevels(upper_constraint, lower_constraint, self.upper, self.lower)
         self._seen = None
         self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
         self._sets.check_penalty(self.penalty, self._dual)
@@ -262,7 +262,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
                 v has at most 2,000 numbers (one device, not 16 bits) and the closures repeat.
         """
         self._sets.check_comparable()
-        options = self_check.Options(tolerance, max_iterations, damping, resolve).checked()
+        options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
         with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
             here, step = self._here(), self._counts["steps"] + 1

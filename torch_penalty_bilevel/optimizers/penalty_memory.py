@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from .. import levels
-from ..adapters.constraints import Restrictions
+from ..adapters.constraints import ConstrainedLevels
 from ..constraints import LowerPoint
 from ..evaluation import Norms
 from ..multipliers import DualState
@@ -33,7 +33,7 @@ class RemembersDual(TwoLevelMemory):
     """The multiplier with all that is dual, for each lower parameter and lower inequality."""
 
     penalty: Penalty
-    _sets: Restrictions
+    _sets: ConstrainedLevels
     _dual: DualState
     _seen: Reported | None
 
