@@ -50,7 +50,7 @@ def combinations():
 def marked(penalty, problem, *others):
     marks = []
     if (penalty, problem) == ("value", "loose"):
-        reason = "the value gap does not settle where argmin g is not unique"
+        reason = "the weight of the value gap collapses where argmin g is not unique"
         marks = [pytest.mark.xfail(strict=True, reason=reason)]
     names = [str(other).replace("torch.", "") for other in others]
     return pytest.param(
@@ -67,7 +67,8 @@ def test_what_was_solved_stays_solved(penalty, problem, dtype, schedule, steps):
     assert stays(run.errors, ROUNDING[dtype])
     least = max(ROUNDING[dtype], SLOW.get(problem, 0.0))
     # Times 3: while the rates vanish the weight still grows, and q = weight * (v - z) is too long.
-    assert run.errors[-1] <= least + 3 * bias(problem, run)
+    # A weight that collapsed has a large bias, and is no excuse.
+    assert run.errors[-1] <= least + min(3 * bias(problem, run), 0.1)
 
 
 @pytest.mark.parametrize("dtype", sized(DTYPES[:1], DTYPES))

@@ -36,7 +36,6 @@ LEFT = {"loose": 1e-2}
 
 FAULTS = {
     ("stationarity", "loose", "f up"): "the pull is too weak after f was larger by six orders",
-    ("fixed_point", "loose", "f up"): "the pull is too weak after f was larger by six orders",
     ("value", "loose", "rates off"): "the value gap does not settle where argmin g is not unique",
     ("value", "sloped", "g faint"): "the value gap is lost after g was smaller by six orders",
     ("value", "indefinite", "g faint"): "the value gap is lost after g was smaller by six orders",
