@@ -6,11 +6,19 @@ import pytest
 import torch
 
 from torch_penalty_bilevel import HypergradientReport
-from torch_penalty_bilevel.checks.diagnosis import Context, diagnosed
+from torch_penalty_bilevel.checks.diagnosis import Advice, Context, diagnosed
 from torch_penalty_bilevel.checks.report import Slope
 
 CONTEXT = Context(
-    eps=2e-16, ridge_share=1.0, cancellation=1.0, damping=0.0, message="converged", unused=()
+    eps=2e-16,
+    ridge_share=1.0,
+    cancellation=1.0,
+    damping=0.0,
+    message="converged",
+    unused=(),
+    advice=Advice(
+        "multiplier", "take more lower_steps", "lower the ridge", "take more lower_steps"
+    ),
 )
 
 

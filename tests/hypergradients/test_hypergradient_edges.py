@@ -36,6 +36,41 @@ def test_without_curvature_nothing_is_solved(method: str) -> None:
     assert not info.converged
 
 
+@pytest.mark.parametrize("method", sorted(OPTIONS_OF.keys() - {"alternating", "forward"}))
+def test_a_product_that_is_not_finite_has_that_name(method: str) -> None:
+    """H q of |v|^1.5 is not a number at v = 0, and cg_normal is no remedy."""
+    u = torch.zeros(2)
+    how = {"step_size": 0.1} if "step_size" in OPTIONS_OF[method] else {}
+    with pytest.warns(BilevelWarning) if method != "one_step" else contextlib.nullcontext():
+        gradient, info = hypergradient(
+            lambda u, v: v.sum() + v.square().sum(),
+            lambda u, v: 0.5 * v @ v - (u * v).sum() + v.abs().pow(1.5).sum(),
+            u,
+            u.clone(),
+            method=method,
+            **how,
+        )
+    assert info.status == "not_finite"
+    assert gradient.isnan().all()
+    assert "product that is not finite" in info.message
+    assert "cg_normal" not in info.message.partition("diverged")[0]
+
+
+@pytest.mark.parametrize("method", ["cg_normal", "approx_grad"])
+def test_less_than_a_pair_of_products_is_refused(method: str) -> None:
+    """One product would leave q at its start for ever, and u where it is."""
+    u = torch.ones(2)
+    f, g = lambda u, v: v.sum(), lambda u, v: (v - u).square().sum()
+    with pytest.raises(ValueError, match=r"max_iterations=1 leaves q where it is .* at least 2"):
+        hypergradient(f, g, u, u, method=method, max_iterations=1)
+    with pytest.raises(ValueError, match="inner_iterations=1 leaves q where it is"):
+        Run(method=method, inner_iterations=1)
+    run = Run(method=method, inner_iterations=lambda k: 2 - k)
+    run.step()
+    with pytest.raises(ValueError, match="inner_iterations=1 leaves q where it is"):
+        run.step()
+
+
 def test_sensitivities_that_are_not_numbers_are_not_certified() -> None:
     """sqrt(u^2) at 0: r is finite, dr/du is 0 / 0."""
     f, g = lambda u, v: v.square().sum(), lambda u, v: (v - u.square().sqrt()).square().sum()

@@ -167,6 +167,57 @@ def test_hooks_of_the_whole_run_around_those_of_its_rules():
     assert int((task.weights.grad == 0).sum()) == 4
 
 
+@pytest.mark.parametrize("hooked", ["whole", "rule"])
+def test_rows_outside_of_the_batch_stay_where_a_hook_centres_gradients(hooked):
+    ends = []
+    for make in (Task.one, Task.several):
+        task = Task(make)
+        task.X, task.y, task.batch = torch.ones(6, 3), torch.arange(12.0).view(6, 2), slice(0, 2)
+        upper = task.optimizer.upper
+
+        def centre(rule, args, kwargs, weights=task.weights):
+            weights.grad.sub_(weights.grad.mean())
+
+        one_of_them = upper.rules[0] if isinstance(upper, Together) else upper
+        (upper if hooked == "whole" else one_of_them).register_step_pre_hook(centre)
+        for _ in range(4):
+            task.step()
+        ends.append(task.weights.detach())
+    assert torch.equal(*ends)
+    assert bool((ends[0][2:] == 0).all())
+    assert bool((ends[0][:2] != 0).all())
+
+
+def test_a_checkpoint_of_rules_in_another_order_is_refused():
+    saved = copy.deepcopy(stepped(muon).optimizer.state_dict())
+    other = stepped(lambda *at: (muon(*at)[0], muon(*at)[1][::-1]))
+    before = copy.deepcopy(other.optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"group 1 .* another kind of rule: it has .*'ns_steps'"):
+        other.optimizer.load_state_dict(saved)
+    assert str(other.optimizer.state_dict()) == str(before)
+    other.step()
+
+
+def stepped(make):
+    task = Task(make)
+    task.step()
+    return task
+
+
+def test_rules_may_come_in_any_iterable():
+    task = Task(lambda *at: tuple(iter(level) for level in Task.several(*at)))
+    assert [len(level.rules) for level in (task.optimizer.upper, task.optimizer.lower)] == [2, 2]
+
+
+def test_a_scheduler_cycles_the_momentum_of_each_rule():
+    a, b, c, d = (torch.ones(2, requires_grad=True) for _ in range(4))
+    upper = [SGD([a], lr=0.1, momentum=0.9), SGD([b], lr=0.1, momentum=0.8)]
+    lower = [SGD([c], lr=0.1, momentum=0.9), SGD([d], lr=0.1, momentum=0.9)]
+    optimizer = PenaltyBilevelOptimizer(upper, lower)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1] * 4, total_steps=10)
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.95] * 4
+
+
 def test_the_state_has_entries_only_where_a_rule_has():
     task = Task(Task.several)
     state = task.optimizer.lower.state

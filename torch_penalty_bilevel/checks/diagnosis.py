@@ -13,6 +13,19 @@ _NEAR = 1e-3
 """v at most this far from v*(u), relative to ||v||, is at the minimiser."""
 
 
+class Advice(NamedTuple):
+    """What to do, in terms of the optimizer that is checked."""
+
+    solver: str
+    """What holds q."""
+    unsolved: str
+    """That is not solved for, and the remedy."""
+    shifted: str
+    """Why it solves (H + mu I) q = -grad_v f, and the remedy."""
+    away: str
+    """To bring v to its minimiser."""
+
+
 class Context(NamedTuple):
     """What a report does not hold and a diagnosis needs."""
 
@@ -28,6 +41,7 @@ class Context(NamedTuple):
     """How the exact solve ended."""
     unused: tuple[str, ...]
     """Upper parameters that neither f nor grad_v g depends on."""
+    advice: Advice
 
 
 def diagnosed(report: HypergradientReport, context: Context) -> HypergradientReport:
@@ -36,7 +50,7 @@ def diagnosed(report: HypergradientReport, context: Context) -> HypergradientRep
         *_about_losses(report, context),
         *_about_curvature(report, context),
         *_about_estimate(report, context),
-        *_about_lower_level(report),
+        *_about_lower_level(report, context),
         *_notes(report, context),
     ]
     return dataclasses.replace(report, findings=tuple(found))
@@ -97,18 +111,18 @@ def _about_estimate(report: HypergradientReport, context: Context) -> Iterator[F
     if not report.relative_error > AGREEMENT:
         return
     share = report.adjoint_residual_norm / (report.slope_norm or math.inf)
+    same_products = report.engine_difference <= context.eps**0.2
     if context.ridge_share < 0.3:
         yield Finding(
             "ridge",
-            "the multiplier has converged, but to (H + mu I) nu = -grad_v f: the ridge of the rule "
-            "biases it, as asked for; lower LeastSquares(ridge=...)",
+            f"the {context.advice.solver} has converged, but to (H + mu I) q = -grad_v f: "
+            f"{context.advice.shifted}",
         )
-    elif share > AGREEMENT or report.engine_difference <= context.eps**0.2:
+    elif share > AGREEMENT or (context.damping == 0 and same_products):
         yield Finding(
-            "multiplier",
-            f"the multiplier has not converged: the certificate is {share:.2g} of ||grad_v f||; "
-            "take more lower_steps or warmup_steps, a smaller upper_lr, or add weight decay to g "
-            "so that H is better conditioned",
+            context.advice.solver,
+            f"the {context.advice.solver} has not converged: the certificate is {share:.2g} of "
+            f"||grad_v f||; {context.advice.unsolved}",
         )
     if context.damping > 0:
         yield Finding(
@@ -118,7 +132,7 @@ def _about_estimate(report: HypergradientReport, context: Context) -> Iterator[F
         )
 
 
-def _about_lower_level(report: HypergradientReport) -> Iterator[Finding]:
+def _about_lower_level(report: HypergradientReport, context: Context) -> Iterator[Finding]:
     exact = math.sqrt(sum(float(t.double().square().sum()) for t in report.exact))
     off = any(
         not abs(s.resolved - s.exact) <= AGREEMENT * exact + 3 * s.uncertainty
@@ -134,10 +148,9 @@ def _about_lower_level(report: HypergradientReport) -> Iterator[Finding]:
         yield Finding(
             "lower level",
             f"v is not at the minimiser of g (||grad_v g|| = {report.residual_norm:.2g}{far}), so "
-            "the implicit formula is that of another v; take more lower_steps, a smaller "
-            "upper_lr, a larger lower_lr or less share",
+            f"the implicit formula is that of another v; {context.advice.away}",
         )
-    else:
+    elif context.damping == 0:  # else the formula is not exact, and need not fit
         yield Finding(
             "landscape",
             "v is at a minimiser, yet f after re-solving g moves differently: kinks, several "

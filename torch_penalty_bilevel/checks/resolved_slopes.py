@@ -1,9 +1,15 @@
-"""Central differences of u -> f(u, v*(u)): first derivatives only, so the last word of a check."""
+"""Central differences of u -> f(u, v*(u)): first derivatives only, so the last word of a check.
+
+Where g has no minimum to be found from here (it falls for ever, or rounding ends the search) they
+say nothing, and are left out: a slope whose uncertainty is larger than the gradients that it is
+to judge would agree with anything.
+"""
 
 from __future__ import annotations
 
 import math
 
+from ..errors import NonFiniteError
 from ..linear_solve import random_direction
 from ..tensors import Tensors, coarsest_eps, dot, norm, scale
 from .exact import Implicit, ImplicitProblem
@@ -14,25 +20,32 @@ _STEADY = 0.01
 
 
 def slopes(problem: ImplicitProblem, estimate: Tensors, exact: Implicit) -> tuple[Slope, ...]:
-    """Solve the lower level here, then at u +- h d for two unit directions d."""
+    """Solve the lower level here, then at u +- h d for two unit directions d; what that says."""
     directions = {"a random direction": random_direction(problem.at.upper)}
     length = float(norm(estimate))
     if length > 0:
         directions = {"the estimate": scale(estimate, 1.0 / length)} | directions
-    problem.solve_lower()
     found: list[Slope] = []
-    for name, direction in directions.items():
-        resolved, uncertainty = _resolved(problem, direction, float(norm(exact.solution.value)))
-        found.append(
-            Slope(
-                direction=name,
-                estimate=float(dot(estimate, direction)),
-                exact=float(dot(exact.hypergradient, direction)),
-                resolved=resolved,
-                uncertainty=uncertainty,
+    try:
+        problem.solve_lower()
+        for name, direction in directions.items():
+            resolved, uncertainty = _resolved(problem, direction, float(norm(exact.solution.value)))
+            found.append(
+                Slope(
+                    direction=name,
+                    estimate=float(dot(estimate, direction)),
+                    exact=float(dot(exact.hypergradient, direction)),
+                    resolved=resolved,
+                    uncertainty=uncertainty,
+                )
             )
-        )
-    return tuple(found)
+    except NonFiniteError:  # the search left the numbers
+        return ()
+    size = max(length, float(norm(exact.hypergradient).nan_to_num()))
+    # Three times is what is granted to them.
+    return tuple(
+        s for s in found if s.uncertainty <= size or 3 * s.uncertainty < abs(s.resolved) < math.inf
+    )
 
 
 def _resolved(problem: ImplicitProblem, direction: Tensors, adjoint: float) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from ..penalties import Losses, Reduce
 from ..tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
 from ..undo.random_state import RandomState
 from .dependence import dependence
-from .diagnosis import Context, diagnosed
+from .diagnosis import Advice, Context, diagnosed
 from .exact import Implicit, ImplicitProblem, implicit_hypergradient
 from .report import HypergradientReport, Repeats
 from .resolved_slopes import slopes
@@ -69,6 +69,7 @@ class Subject(NamedTuple):
     reduce: Reduce
     step: int
     """Number of the step that would come next, for errors."""
+    advice: Advice
 
 
 def check(subject: Subject, options: CheckOptions) -> HypergradientReport:
@@ -131,6 +132,7 @@ def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> Hyper
         unused=tuple(
             n for n, *uses in zip(subject.names, *depends[:2], strict=True) if not any(uses)
         ),
+        advice=subject.advice,
     )
     return diagnosed(report, context)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .estimate import Estimate as Estimate
 from .estimate import estimated as estimated
 from .implicit import solve_adjoint as solve_adjoint
 from .lower_steps import learning_rates as learning_rates
@@ -14,6 +15,7 @@ from .options import MethodOptions as MethodOptions
 from .options import check_loop as check_loop
 from .options import check_method as check_method
 from .options import check_options as check_options
+from .options import check_products as check_products
 from .options import count_at as count_at
 from .problem import Linear as Linear
 from .problem import LocalProblem as LocalProblem

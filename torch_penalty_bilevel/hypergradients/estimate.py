@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..constraints import Faces
 from ..evaluation import Evaluation
-from ..linear_solve import Solution
+from ..linear_solve import NOT_FINITE, Solution, broken
 from ..tensors import (
     OptionalTensors,
     Tensors,
@@ -120,5 +120,7 @@ def _judged(
     size, bound = float(norm(error)), tolerance * float(norm(slope))
     if size <= bound < math.inf:  # of infinite norms nothing is known
         return Solution(adjoint, products, size, "converged", "converged")
+    if math.isnan(size):
+        return broken(slope, products, "not_finite", NOT_FINITE)
     message = f"||A q + grad_v f|| = {size:.1e} > {bound:.1e}; {remedy}"
     return Solution(adjoint, products, size, "unfinished", message)

@@ -69,11 +69,23 @@ def check_options(method: str, options: MethodOptions) -> None:
     for name in ("max_iterations", "lower_steps", "truncation", "samples"):
         if given[name] is not None:
             check_count(name, given[name], at_least=1)
+    if options.max_iterations is not None:
+        check_products(method, options, "max_iterations", options.max_iterations)
     maker = options.linear_optimizer
     if maker is not None and not callable(maker):
         raise TypeError(
             "linear_optimizer must be a function from a list of tensors to a torch optimizer, "
             f"got {maker!r}"
+        )
+
+
+def check_products(method: str, options: MethodOptions, name: str, count: int) -> None:
+    """Raise ``ValueError`` for fewer products than one iteration takes."""
+    in_pairs = method == "cg_normal" or (method == "approx_grad" and not options.linear_optimizer)
+    if in_pairs and count < 2:
+        raise ValueError(
+            f"{name}={count} leaves q where it is with method={method!r}, which takes products in "
+            "pairs; give at least 2"
         )
 
 
@@ -100,6 +112,8 @@ def check_loop(
     for name, count in (("lower_steps", lower_steps), ("inner_iterations", inner_iterations)):
         if count is not None and not callable(count):
             count_at(name, count, 0)
+    if isinstance(inner_iterations, int):
+        check_products(method, options, "inner_iterations", inner_iterations)
 
 
 def count_at(name: str, count: Count, number: int) -> int:

@@ -90,6 +90,21 @@ def without(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: entry for key, entry in bare.items() if entry}
 
 
+def check_options(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``ValueError`` for groups of another kind of rule.
+
+    Versions of torch differ by options that one of them has not; kinds of rules do both ways.
+    """
+    own = {"params", "param_names", GROUP, "level", "initial_lr"}
+    for position, (theirs, here) in enumerate(zip(saved, groups, strict=True)):
+        lacks, has = sorted(here.keys() - theirs.keys() - own), theirs.keys() - here.keys() - own
+        if lacks and has:
+            raise ValueError(
+                f"group {position} of the checkpoint belongs to another kind of rule: it has "
+                f"{sorted(has)} and lacks {lacks}; nothing was changed (rules in another order?)"
+            )
+
+
 def check_shapes(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ``ValueError`` for moments of other shapes than the parameters have here."""
     numbers = [n for group in state_dict["param_groups"] for n in group["params"]]

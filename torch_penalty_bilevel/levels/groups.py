@@ -35,7 +35,8 @@ def build(
         ValueError: nothing to optimise, or an ``lr`` that would have no effect.
         TypeError: not parameters.
     """
-    ready = _ready(argument, level)
+    given = argument if isinstance(argument, Optimizer) else _as_list(argument, level)
+    ready = _ready(given, level)
     if ready is not None:
         if lr is not None:
             raise ValueError(
@@ -44,7 +45,7 @@ def build(
             )
         optimizer = ready
     else:
-        optimizer = make(_as_list(argument, level), lr=_checked_lr(lr, level, default_lr))
+        optimizer = make(given, lr=_checked_lr(lr, level, default_lr))
     for group in optimizer.param_groups:
         mark(group, level)
     _check_rule(optimizer, level)
@@ -129,13 +130,10 @@ def _ready(argument: Any, level: Level) -> Optimizer | None:
     """The rule that was given, of a list all of it as one; None where parameters were."""
     if isinstance(argument, Optimizer):
         return argument
-    if not isinstance(argument, (list, tuple)):
-        return None
-    given = list[Any](argument)
-    rules = [one for one in given if isinstance(one, Optimizer)]
+    rules = [one for one in argument if isinstance(one, Optimizer)]
     if not rules:
         return None
-    if len(rules) < len(given):
+    if len(rules) < len(argument):
         raise TypeError(f"{level} mixes optimizers and parameters; give the rest a rule of its own")
     return Together(rules)
 

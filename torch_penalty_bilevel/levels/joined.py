@@ -30,9 +30,9 @@ class Joined(Optimizer):
         """Start life with ``_rules``, in the way unpickling does."""
         rules = self._rules()
         self._order = [key for key, rule in rules.items() for _ in rule.param_groups]
-        # Schedulers that cycle momentum look here for what all groups have.
+        # Schedulers that cycle momentum look here for what all groups have; values are the groups'.
         first, *rest = [rule.defaults for rule in rules.values()]
-        common = {k: v for k, v in first.items() if all(o.get(k) == v for o in rest)}
+        common = {k: v for k, v in first.items() if all(k in other for other in rest)}
         super().__setstate__({"defaults": common})
 
     # torch.optim.Optimizer keeps ``param_groups`` and ``state`` as plain attributes.
@@ -126,7 +126,7 @@ class Together(Joined):
         """Of the rule that a new group would go to; raises ``ValueError``."""
         count = len(self.rules)
         number = new_group.get("rule", count - 1)
-        if number not in range(count):
+        if type(number) is not int or number not in range(count):
             raise ValueError(f'"rule" must be a number from 0 to {count - 1}, got {number!r}')
         return number
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from ..undo.rule_memory import copied
 from .around import around
-from .joined import Together
+from .joined import Together, parts
 
 _COUNTERS = ("step", "mu_product", "mu", "eta")
 """What rules of torch.optim keep once per tensor, whatever its gradient is."""
@@ -34,26 +34,36 @@ def step_touched_rows(rule: Optimizer) -> None:
     orthogonalisation. These mix the rows in the batch. Needs state by rows, as all of torch.optim
     have it.
     """
+    # Before any hook: one that centres or adds noise changes rows that were not there.
+    found = {id(part): _all_rows_in_batch(part) for part in parts(rule)}
+
+    def take(part: Optimizer) -> None:
+        @contextlib.contextmanager
+        def shortened() -> Generator[None]:
+            with contextlib.ExitStack() as stack:
+                for group, parameter, rows in found[id(part)]:
+                    if parameter.grad is not None:  # a hook may have dropped it
+                        takes_part = _only if len(rows) else _counting
+                        stack.enter_context(takes_part(part, group, parameter, rows))
+                yield
+
+        with around(part, shortened) if found[id(part)] else contextlib.nullcontext():
+            part.step()
+
     if isinstance(rule, Together):
-        return rule.step_by(step_touched_rows)
-    found = [
+        rule.step_by(take)
+    else:
+        take(rule)
+
+
+def _all_rows_in_batch(rule: Optimizer) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
+    """(group, parameter, rows) of the tensors that have rows outside of the batch."""
+    return [
         (group, parameter, rows)
         for group in rule.param_groups
         for parameter in group["params"]
         if (rows := _rows_in_batch(rule, group, parameter)) is not None
     ]
-
-    @contextlib.contextmanager
-    def shortened() -> Generator[None]:
-        with contextlib.ExitStack() as stack:
-            for group, parameter, rows in found:
-                if parameter.grad is not None:  # a hook may have dropped it
-                    takes_part = _only if len(rows) else _counting
-                    stack.enter_context(takes_part(rule, group, parameter, rows))
-            yield
-
-    with around(rule, shortened) if found else contextlib.nullcontext():
-        rule.step()
 
 
 def _rows_in_batch(rule: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..tensors import Tensors, axpy, dot, norm, scale
+from .solution import NOT_FINITE as _NOT_FINITE
 from .solution import Product, Solution, broken, first_residual, stopped
 
 
@@ -57,8 +58,9 @@ def conjugate_gradient(
         products += 1
         curvature = float(dot(direction, curved))
         if not curvature > 0:
-            status = "negative_curvature" if curvature <= 0 else "not_finite"
-            return broken(right, products, status, _breakdown(curvature))
+            if math.isnan(curvature):
+                return broken(right, products, "not_finite", _NOT_FINITE)
+            return broken(right, products, "negative_curvature", _breakdown(curvature))
         step = square / curvature
         value = axpy(step, direction, value)
         residual, exact = axpy(-step, curved, residual), False
@@ -69,8 +71,7 @@ def conjugate_gradient(
         square = float(dot(residual, residual))
     error = math.sqrt(square)
     if not math.isfinite(error):
-        message = "conjugate gradients met a product that is not finite"
-        return broken(right, products, "not_finite", message)
+        return broken(right, products, "not_finite", _NOT_FINITE)
     if square <= bound:
         return Solution(value, products, error, "converged", "converged")
     return Solution(value, products, error, "unfinished", stopped(products, error, tolerance))
@@ -137,8 +138,7 @@ def least_squares(
         previous = square
     error = float(norm(axpy(-1.0, product(value), right)))
     if not math.isfinite(error):
-        message = "least squares met a product that is not finite"
-        return broken(right, products, "not_finite", message)
+        return broken(right, products, "not_finite", _NOT_FINITE)
     # The recursion drifts from the definition by rounding: ten times the bound is still believed.
     if error <= 10 * goal < math.inf:
         return Solution(value, products, error, "converged", "converged")

@@ -45,6 +45,13 @@ class Solution(NamedTuple):
         return math.isnan(self.residual_norm)
 
 
+NOT_FINITE = (
+    "met a product that is not finite: the second derivative of g does not exist there (a root or "
+    "a norm at zero?), or overflows"
+)
+"""What to say then."""
+
+
 def broken(right: Tensors, products: int, status: Status, message: str) -> Solution:
     """A breakdown."""
     return Solution(scale(right, math.nan), products, math.nan, status, message)
@@ -85,6 +92,9 @@ def ended(
     error, size = float(norm(residual)), float(norm(right))
     if error <= tolerance * size < math.inf:
         return Solution(value, products, error, "converged", "converged")
+    if math.isnan(error):
+        how = f"{NOT_FINITE}; or the iteration diverged: {remedy}"
+        return broken(right, products, "not_finite", how)
     # The slack is for the rounding of x = 0 itself.
     if not error <= max(worst * size, first) * (1 + 1e-6) < math.inf:
         message = f"diverged: ||b - A x|| = {error:.1e} after {products} products, worse than x = 0"

@@ -24,10 +24,12 @@ from ..evaluation import Evaluation, Norms, measure
 from ..hypergradients import (
     IMPLICIT,
     Count,
+    Estimate,
     LocalProblem,
     MethodOptions,
     Visit,
     check_loop,
+    check_products,
     check_serves_maps,
     count_at,
     estimated,
@@ -196,8 +198,9 @@ class HypergradientOptimizer(RemembersAdjoint):
         Returns f at the end of the lower steps, detached, 0-d.
 
         Raises:
-            NonFiniteError: a loss or a gradient is not finite. As after any exception, parameters,
-                buffers, random generators and state are as before the call.
+            NonFiniteError: a loss or a gradient is not finite. As after any exception (but one
+                inside the upper rule's own step), parameters, buffers, random generators and state
+                are as before the call.
             AdjointError: the solver broke down; its ``status`` says how, ``"negative_curvature"``
                 for instance, its text what to try.
             UnusedParameterError: no loss depends on an upper parameter.
@@ -251,6 +254,7 @@ class HypergradientOptimizer(RemembersAdjoint):
 
         Raises:
             ValueError: as ``upper_step``; or the lower level is a map.
+            AdjointError: as ``step``: there is no estimate to compare.
         """
         self._check_needs_no_steps("check_hypergradient")
         options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
@@ -261,11 +265,21 @@ class HypergradientOptimizer(RemembersAdjoint):
             def estimate(losses: Losses) -> Evaluation:
                 problem = self._problem(losses, here, copy.deepcopy(self.curvature))
                 found = estimated(problem, self.method, self._options_at(number))
-                return found.on_face(Faces(), 0)
+                return self._solved(found, problem).on_face(Faces(), 0)
 
             shift, how = self._options.damping or 0.0, (self.curvature, self.reduce, number + 1)
             given = losses, here.at, here.upper_names, estimate, shift, self.lower_is_map
-            return self_check.check(self_check.Subject(*given, *how), options)
+            return self_check.check(self_check.Subject(*given, *how, self._advice()), options)
+
+    def _advice(self) -> self_check.Advice:
+        iterates = self.method in IMPLICIT
+        other = f'method="{self.method}" is not exact by design; take "cg" or "cg_normal"'
+        return self_check.Advice(
+            solver="adjoint",
+            unsolved="raise inner_iterations or lower the tolerance" if iterates else other,
+            shifted="damping biases it, as asked for; lower it",
+            away="take more lower_steps, a smaller upper_lr or a larger lower_lr",
+        )
 
     def _check_needs_no_steps(self, what: str) -> None:
         if self.method == "reverse":
@@ -301,9 +315,8 @@ class HypergradientOptimizer(RemembersAdjoint):
     ) -> Tensor:
         """An adjoint, and the upper step; returns f."""
         number = self._counts["steps"]
-        estimate = estimated(problem, self.method, self._options_at(number), visits)
-        if estimate.solution.broke_down:
-            raise AdjointError(estimate.solution.status, estimate.solution.message, problem.place)
+        found = estimated(problem, self.method, self._options_at(number), visits)
+        estimate = self._solved(found, problem)
         face = self._restriction.faces(here.at.upper, estimate.hypergradient)
         evaluation = estimate.on_face(face, problem.evaluations)
         measured = measure(evaluation, here.upper_names, number + 1)
@@ -314,6 +327,12 @@ class HypergradientOptimizer(RemembersAdjoint):
         with evaluation.upper_face.retracting(here.at.upper):
             rows.step_touched_rows(self.upper)
         return evaluation.upper_loss
+
+    def _solved(self, estimate: Estimate, problem: LocalProblem) -> Estimate:
+        """``estimate``, if there is one."""
+        if estimate.solution.broke_down:
+            raise AdjointError(estimate.solution.status, estimate.solution.message, problem.place)
+        return estimate
 
     def _options_at(self, number: int) -> MethodOptions:
         options = self._options
@@ -327,6 +346,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             moving = [p.requires_grad for p in levels.parameters(self.lower)]
             start = tuple(q for q, moves in zip(self._adjoint, moving, strict=True) if moves)
         limit = count_at("inner_iterations", self.inner_iterations, number)
+        check_products(self.method, options, "inner_iterations", limit)
         return replace(options, start=start, max_iterations=limit)
 
     def _record(self, evaluation: Evaluation, measured: Norms) -> None:

@@ -76,6 +76,7 @@ class TwoLevelMemory(TwoLevelOptimizer):
         for group, here in zip(state_dict["param_groups"], self.param_groups, strict=True):
             rule = levels.owner(self._rules()[group["level"]], here)
             rules.check_group(rule, group, group["level"], self._lower_is_map())
+        checkpoint.check_options(state_dict["param_groups"], self.param_groups)
         checkpoint.check_shapes(state_dict, self.param_groups)
         self._check_own_state(own)
         groups = [

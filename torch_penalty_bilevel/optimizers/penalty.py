@@ -46,6 +46,15 @@ class Seen(NamedTuple):
 Evaluate: TypeAlias = Callable[[bool], Seen]
 
 
+_ADVICE = self_check.Advice(
+    solver="multiplier",
+    unsolved="take more lower_steps or warmup_steps, a smaller upper_lr, or add weight decay to g "
+    "so that H is better conditioned",
+    shifted="the ridge of the rule biases it, as asked for; lower LeastSquares(ridge=...)",
+    away="take more lower_steps, a smaller upper_lr, a larger lower_lr or less share",
+)
+
+
 class PenaltyBilevelOptimizer(RemembersDual):
     r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
 
@@ -199,8 +208,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
 
         Raises:
             NonFiniteError: a loss, residual or gradient is not finite. As after any exception
-                but one raised by the rules' own step hooks, parameters, buffers, random generators
-                and state are as before the call.
+                but one raised inside the rules' own steps (by their hooks, or Adam on a sparse
+                gradient), parameters, buffers, random generators and state are as before the call.
             NondeterministicClosureError: g was repeated and returned something else, or the same
                 with another gradient.
             UnusedParameterError: no loss depends on an upper parameter.
@@ -275,7 +284,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
 
             shift, how = self.penalty.rule.shift(dual), (self.curvature, self.reduce, step)
             given = losses, here.at, here.upper_names, estimate, shift, self._lower_is_map()
-            return self_check.check(self_check.Subject(*given, *how), options)
+            return self_check.check(self_check.Subject(*given, *how, _ADVICE), options)
 
     @property
     def metrics(self) -> Metrics:
