@@ -154,13 +154,12 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
     """Inner product of each pair, 0-d, accumulated in at least float32."""
     dtype = accumulation_dtype((*left, *right))
-    return tuple(
-        torch.dot(_flat(a).to(dtype), _flat(b).to(dtype)) for a, b in zip(left, right, strict=True)
-    )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).reshape(-1)
+    flat = [
+        (t if t.layout == torch.strided else t.to_dense()).reshape(-1).to(dtype)
+        for t in (*left, *right)
+    ]
+    n = len(left)
+    return tuple(torch.dot(a, b) for a, b in zip(flat[:n], flat[n:], strict=True))
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ def both_of(upper: Any, lower: Any, closure: Any) -> tuple[Any, Any]:
     (f, g), (closure=f, lower_closure=g), ((f, g)) and (closure=(f, g)).
 
     Raises:
-        TypeError: not two callables.
+        TypeError: the upper one twice. (Whether they are callables ``losses_of`` asks.)
     """
     if upper is not None and closure is not None:
         raise TypeError("step got upper_closure and closure; they are one, give one of them")
@@ -42,7 +42,6 @@ def both_of(upper: Any, lower: Any, closure: Any) -> tuple[Any, Any]:
         given: list[Any] = [*upper]
         if len(given) == 2:
             upper, lower = given
-    check_callables(upper, lower)
     return upper, lower
 
 
