@@ -29,7 +29,7 @@ def test_a_search_without_end_says_nothing_of_the_estimate(dtype, method):
         optimizer = HypergradientOptimizer([u], [v], method=method)
     report = optimizer.check_hypergradient(f, g)
     torch.testing.assert_close(report.exact[0], torch.tensor([0.3, -0.4], dtype=dtype))
-    assert not report.slopes
+    assert not report.telling
     assert report.agrees == (method == "cg_normal")  # the penalty's multiplier is still zero
     assert "curvature" in {finding.name for finding in report.findings}
     assert not report.positive_definite

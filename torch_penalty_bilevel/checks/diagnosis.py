@@ -136,10 +136,10 @@ def _about_lower_level(report: HypergradientReport, context: Context) -> Iterato
     exact = math.sqrt(sum(float(t.double().square().sum()) for t in report.exact))
     off = any(
         not abs(s.resolved - s.exact) <= AGREEMENT * exact + 3 * s.uncertainty
-        for s in report.slopes
+        for s in report.telling
     )
-    away = not report.lower_distance <= (_NEAR if report.slopes else AGREEMENT)
-    if not (off if report.slopes else away):
+    away = not report.lower_distance <= (_NEAR if report.telling else AGREEMENT)
+    if not (off if report.telling else away):
         return
     if away:
         far = (

@@ -120,9 +120,24 @@ class HypergradientReport:
         Of the re-solved slopes where the lower level was re-solved, as these need first derivatives
         only; else of the implicit formula, which shares the estimate's view of the graph.
         """
-        if math.isnan(self.relative_error) or not self.slopes:
+        if math.isnan(self.relative_error) or not self.telling:
             return self._fits_formula
         return self._fits_slopes
+
+    @property
+    def telling(self) -> tuple[Slope, ...]:
+        """The slopes that say something.
+
+        One whose uncertainty is larger than the gradients that it is to judge agrees with all.
+        """
+        known = 0.0 if math.isnan(self.relative_error) else _length(self.exact)
+        size = max(_length(self.estimate), known)
+        return tuple(
+            # Three times is what is granted to them.
+            s
+            for s in self.slopes
+            if s.uncertainty <= size or 3 * s.uncertainty < abs(s.resolved) < math.inf
+        )
 
     @property
     def _fits_formula(self) -> bool:
@@ -131,25 +146,25 @@ class HypergradientReport:
     @property
     def _fits_slopes(self) -> bool:
         """Along the estimate to 10 % of its length, along a random direction of its share there."""
-        length = math.sqrt(sum(float(t.double().square().sum()) for t in self.estimate))
+        length = _length(self.estimate)
         entries = sum(t.numel() for t in self.estimate)
         # A random unit direction sees about 1 / sqrt(n) of a vector with n entries.
         shares = {"a random direction": min(1.0, 2.0 / math.sqrt(entries))}
         return all(
             abs(s.resolved - s.estimate)
             <= AGREEMENT * length * shares.get(s.direction, 1.0) + 3 * s.uncertainty
-            for s in self.slopes
+            for s in self.telling
         )
 
     def _verdict(self) -> str:
         if math.isnan(self.relative_error):
             return "no verdict: the implicit hypergradient does not exist here"
-        if self.damping > 0 and not self._fits_formula and (not self.slopes or self._fits_slopes):
+        if self.damping > 0 and not self._fits_formula and (not self.telling or self._fits_slopes):
             return (
                 f"the estimate differs from the solution damped by {self.damping:g}, which is not "
-                "the exact one; " + ("v re-solved agrees" if self.slopes else "damp less")
+                "the exact one; " + ("v re-solved agrees" if self.telling else "damp less")
             )
-        if not self.slopes or self._fits_slopes == self._fits_formula:
+        if not self.telling or self._fits_slopes == self._fits_formula:
             return f"the estimate {'agrees' if self.agrees else 'DISAGREES'} with the exact one"
         if self._fits_slopes:
             return (
@@ -196,6 +211,10 @@ class HypergradientReport:
         if not math.isnan(self.engine_difference):
             rows["products differ between engines"] = f"by {self.engine_difference:.0e}"
         return rows
+
+
+def _length(tensors: tuple[Tensor, ...]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
 def _aligned(rows: dict[str, str]) -> list[str]:

@@ -1,8 +1,6 @@
 """Central differences of u -> f(u, v*(u)): first derivatives only, so the last word of a check.
 
-Where g has no minimum to be found from here (it falls for ever, or rounding ends the search) they
-say nothing, and are left out: a slope whose uncertainty is larger than the gradients that it is
-to judge would agree with anything.
+Where the search for a minimum of g leaves the numbers there are none.
 """
 
 from __future__ import annotations
@@ -39,13 +37,9 @@ def slopes(problem: ImplicitProblem, estimate: Tensors, exact: Implicit) -> tupl
                     uncertainty=uncertainty,
                 )
             )
-    except NonFiniteError:  # the search left the numbers
+    except NonFiniteError:
         return ()
-    size = max(length, float(norm(exact.hypergradient).nan_to_num()))
-    # Three times is what is granted to them.
-    return tuple(
-        s for s in found if s.uncertainty <= size or 3 * s.uncertainty < abs(s.resolved) < math.inf
-    )
+    return tuple(found)
 
 
 def _resolved(problem: ImplicitProblem, direction: Tensors, adjoint: float) -> tuple[float, float]:
