@@ -40,9 +40,20 @@ def test_within_a_level_and_in_a_group_added_later(make):
 
 
 def test_views_of_one_buffer_that_do_not_meet():
-    flat = torch.zeros(12)
-    u, v, w = (flat[a : a + 4].requires_grad_() for a in (0, 4, 8))
-    PenaltyBilevelOptimizer([u], [v, w])
+    """They move as tensors of their own do."""
+    flat, ends = torch.linspace(-1.0, 1.0, 12), []
+    views = [flat[a : a + 4] for a in (0, 4, 8)]
+    for tensors in ([t.clone() for t in views], views):
+        u, v, w = (t.requires_grad_() for t in tensors)
+        optimizer = PenaltyBilevelOptimizer([u], [v, w], upper_lr=0.1, lower_lr=0.1)
+        for _ in range(3):
+            optimizer.step(
+                lambda v=v, w=w: (v - 1).square().sum() + w.sum(),
+                lambda u=u, v=v, w=w: (v - u).square().sum() + (w + 2 * u).square().sum(),
+            )
+        ends.append([t.detach().clone() for t in (u, v, w)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert not torch.equal(ends[0][0], torch.linspace(-1.0, 1.0, 12)[:4])
     table = torch.zeros(4, 3)
     PenaltyBilevelOptimizer(
         [table[:, 0].detach().requires_grad_()], [table[:, 1:].detach().requires_grad_()]

@@ -77,7 +77,8 @@ def test_the_recipe_keeps_two_rates(kind):
 def test_levels_built_with_one_rate_may_share_one(kind):
     optimizer, f, g = two_rates(kind, upper_lr=0.05, lower_lr=0.05)
     one_cycle(optimizer, max_lr=0.1)
-    optimizer.step(f, g)
+    optimizer.step(f, g)  # a warning would be an error
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
