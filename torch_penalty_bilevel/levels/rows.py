@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def step_touched_rows(rule: Optimizer) -> None:
     have it.
     """
     # Before any hook: one that centres or adds noise changes rows that were not there.
-    found = {id(part): _all_rows_in_batch(part) for part in parts(rule)}
+    found = _rows_in_batch(parts(rule))
 
     def take(part: Optimizer) -> None:
         @contextlib.contextmanager
@@ -56,18 +56,31 @@ def step_touched_rows(rule: Optimizer) -> None:
         take(rule)
 
 
-def _all_rows_in_batch(rule: Optimizer) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
-    """(group, parameter, rows) of the tensors that have rows outside of the batch."""
-    return [
-        (group, parameter, rows)
+def _rows_in_batch(
+    rules: Sequence[Optimizer],
+) -> dict[int, list[tuple[dict[str, Any], Tensor, Tensor]]]:
+    """(group, parameter, rows) of each rule's tensors that have rows outside of the batch.
+
+    Waits for the device once, and once more for each of these tensors.
+    """
+    looked_at = [
+        (rule, group, parameter, present)
+        for rule in rules
         for group in rule.param_groups
         for parameter in group["params"]
-        if (rows := _rows_in_batch(rule, group, parameter)) is not None
+        if (present := _present(rule, group, parameter)) is not None
     ]
+    complete = [present.all() for *_, present in looked_at]
+    on_host = torch.stack([c.to(complete[0].device) for c in complete]).tolist() if complete else []
+    found: dict[int, list[tuple[dict[str, Any], Tensor, Tensor]]] = {id(rule): [] for rule in rules}
+    for (rule, group, parameter, present), is_complete in zip(looked_at, on_host, strict=True):
+        if not is_complete:
+            found[id(rule)].append((group, parameter, present.nonzero().squeeze(1)))
+    return found
 
 
-def _rows_in_batch(rule: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | None:
-    """Indices of the rows with a gradient; None where nothing need be done about the others."""
+def _present(rule: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | None:
+    """For each row: has it a gradient? None where nothing need be done about those without."""
     gradient = parameter.grad
     if gradient is None:
         return None
@@ -77,10 +90,7 @@ def _rows_in_batch(rule: Optimizer, group: dict[str, Any], parameter: Tensor) ->
             return None
         gradient = gradient.to_dense()
     present = gradient != 0
-    present = present.flatten(1).any(1) if present.dim() > 1 else present.reshape(-1)
-    if bool(present.all()):
-        return None
-    return present.nonzero().squeeze(1)
+    return present.flatten(1).any(1) if present.dim() > 1 else present.reshape(-1)
 
 
 @contextlib.contextmanager
