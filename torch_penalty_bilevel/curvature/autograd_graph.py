@@ -28,6 +28,11 @@ _KINKED = re.compile(
 )
 
 
+_MATRIX_PRODUCT = re.compile(
+    r"(Mm|Addmm|Bmm|Addbmm|Baddbmm|Mv|Addmv|Linear|ScaledDotProduct\w+)Backward\d*"
+)
+
+
 def nodes(*outputs: Tensor) -> Iterator[Any]:
     """Every node of the autograd graph behind ``outputs``, each once."""
     seen: set[Any] = set()
@@ -55,6 +60,15 @@ def coarsest(output: Tensor) -> torch.dtype:
         # Autocast, inside the closure or around it, shows here and nowhere else.
         found |= {part.dtype for part in node._input_metadata if part.dtype.is_floating_point}
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def rounds_to_tf32(output: Tensor) -> bool:
+    """Does CUDA round factors of float32 products behind ``output`` to TF32, which has 10 bits?
+
+    By default it does so in convolutions and RNNs. What compiled code holds is not to be seen; of
+    that matrix products are assumed.
+    """
+    return any(_is_cuda_float32(node) and _takes_tf32(node) for node in nodes(output))
 
 
 def silently_wrong(output: Tensor) -> str | None:
@@ -118,6 +132,29 @@ def _is_polyhedral_norm(node: Any) -> bool:
 def is_compiled(output: Tensor) -> bool:
     """Is there compiled code behind ``output``, with a compiled backward pass?"""
     return any(isinstance(node, BackwardCFunction) and _compiled(node) for node in nodes(output))
+
+
+def _is_cuda_float32(node: Any) -> bool:
+    parts = node._input_metadata
+    return any(p.device.type == "cuda" and p.dtype == torch.float32 for p in parts)
+
+
+def _takes_tf32(node: Any) -> bool:
+    name, backends = node.name(), torch.backends
+    if name.startswith("ConvolutionBackward"):
+        return _allows_tf32(backends.cudnn, "conv")
+    if name.startswith("CudnnRnnBackward"):
+        return _allows_tf32(backends.cudnn, "rnn")
+    is_product = _MATRIX_PRODUCT.fullmatch(name) is not None
+    hides = isinstance(node, BackwardCFunction) and _compiled(node)
+    return (is_product or hides) and _allows_tf32(backends.cuda.matmul)
+
+
+def _allows_tf32(backend: Any, part: str | None = None) -> bool:
+    # The older switch raises an error where the newer ones, from torch 2.9, were set.
+    switch = getattr(backend, part, None) if part else backend
+    precision = getattr(switch, "fp32_precision", None)
+    return bool(backend.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _compiled(node: Any) -> bool:

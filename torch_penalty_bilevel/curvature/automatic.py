@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import DoubleBackwardError, NondeterministicClosureError
 from ..tensors import OptionalPair, Pair, Tensors, norm
 from ..undo.random_state import RandomState
-from . import autograd_graph as graph
 from . import comparison as evidence
 from .alarm import Alarm
 from .double_backward import DoubleBackward
@@ -223,16 +222,10 @@ class Automatic(Curvature):
     def _compared(self, loss: Loss, at: Pair, reusable: bool) -> Linearised:
         """By double backward; the first product that is not zero is also taken by differences."""
         random = RandomState(t.device for t in (*at.upper, *at.lower))
-        kink: str | None = None
-
-        def inspected(upper: Tensors, lower: Tensors) -> Tensor:
-            nonlocal kink
-            value = loss(upper, lower)
-            kink = graph.kink(value)
-            return value
-
+        seen, before = Inspection(), self.current
+        differences = before if isinstance(before, FiniteDifference) else FiniteDifference()
         with evidence.Traffic() as traffic:
-            exact = self._tried(inspected, at, reusable)
+            exact = self._tried(seen.looking(loss, differences.note), at, reusable)
         is_open = True
 
         def product(direction: Tensors) -> OptionalPair:
@@ -241,16 +234,20 @@ class Automatic(Curvature):
                 result = exact.product(direction)
             if is_open and self._works and float(norm(direction)) > 0:
                 is_open = False
-                if kink is None:
-                    self._decide(loss, at, direction, result, traffic.bytes, random)
+                if differences.is_coarse:
+                    self._looks = False
+                    self._use(self._exact, "in 16 bits a difference is noise")
+                elif seen.kink is None:
+                    self._decide(differences, loss, at, direction, result, traffic.bytes, random)
                 else:
-                    self._use(self._exact, f"{kink} has kinks, which differences stumble over")
+                    self._use(self._exact, f"{seen.kink} has kinks, which differences stumble over")
             return result
 
         return exact._replace(product=product)
 
     def _decide(
         self,
+        differences: FiniteDifference,
         loss: Loss,
         at: Pair,
         direction: Tensors,
@@ -258,8 +255,6 @@ class Automatic(Curvature):
         moved: int,
         random: RandomState,
     ) -> None:
-        before = self.current
-        differences = before if isinstance(before, FiniteDifference) else FiniteDifference()
         try:
             found = evidence.weigh(differences, loss, at, direction, exact, moved, random)
         except NondeterministicClosureError:
@@ -292,7 +287,7 @@ class Automatic(Curvature):
         differences = self.current
         assert isinstance(differences, FiniteDifference)
         made = differences.linearise(loss, at, reusable=reusable)
-        is_open = True
+        is_open = not differences.is_coarse
 
         def product(direction: Tensors) -> OptionalPair:
             nonlocal is_open

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, sum_of_present
 from ..undo.random_state import RandomState
-from .finite_difference import FiniteDifference, default_step
+from .finite_difference import FiniteDifference
 from .protocol import Loss
 
 _CHEAPER = 2.0
@@ -116,7 +116,8 @@ def weigh(
     """Take the same product by finite differences and compare.
 
     Args:
-        differences: the engine that would be used; left with the best of a few relative steps.
+        differences: the engine that would be used, which has noted how g is computed; left with
+            the best of a few relative steps.
         loss: g.
         at: (u, v).
         direction: q, not zero.
@@ -174,7 +175,7 @@ def _products(
 ) -> dict[float, OptionalPair]:
     """(J q, H q) for each relative step, in increasing order."""
     found: dict[float, OptionalPair] = {}
-    default = default_step(at.lower)
+    default = differences.usual_step(at.lower)
     for differences.relative_step in (times * default for times in _TIMES):
         with random.replayed():
             linearised = differences.linearise(loss, at)

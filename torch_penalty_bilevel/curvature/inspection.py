@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,6 +40,17 @@ class Inspection:
 
         return noted
 
+    def looking(self, loss: Loss, note: Callable[[Tensor], None]) -> Loss:
+        """``loss``, of whose graph ``note`` is told; fills in ``kink``."""
+
+        def looked_at(upper: Tensors, lower: Tensors) -> Tensor:
+            value = loss(upper, lower)
+            self.kink = graph.kink(value)
+            note(value)
+            return value
+
+        return looked_at
+
 
 UNSTEADY = (
     "finite differences are in use because they must be, and products with neighbouring steps "
@@ -60,7 +73,8 @@ def warn(message: str) -> None:
     """Warn of the engine in use, with what to set."""
     remedy = (
         'To have curvature="double_backward", use operations that torch can differentiate twice '
-        "(sdpa_kernel(SDPBackend.MATH) for attention, the module without torch.compile); "
+        "(sdpa_kernel(SDPBackend.MATH) for attention, torch.backends.cudnn.flags(enabled=False) "
+        "for an RNN on CUDA, the module without torch.compile); "
         'curvature="finite_difference" says that differences are wanted'
     )
     errors.warn(f"{message.rstrip('. ')}. {remedy}")
