@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..tensors import OptionalTensors, Tensors, clones
@@ -39,11 +42,13 @@ def stepped(
     try:
         for parameter, _ in grads:
             parameter.grad = None
+        groups = {id(p): group for group in rule.param_groups for p in group["params"]}
         with replaced(live, point):
             for parameter, gradient, memory in zip(live, gradients, moments, strict=True):
                 parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
                 if memory:
                     rule.state[parameter] = copied(memory)
+                    _place_counters(rule.state[parameter], groups[id(parameter)], parameter)
             step_without_decay(rule)
             return clones(live), tuple(dict(rule.state.get(p, {})) for p in live)
     finally:
@@ -55,3 +60,14 @@ def stepped(
             for name in group.keys() - old.keys() - {"params"}:
                 del group[name]
             group.update(old)
+
+
+def _place_counters(memory: Moments, group: dict[str, Any], parameter: Tensor) -> None:
+    """Move step counters to where kernels on the device want them, as torch does where it loads.
+
+    A checkpoint may come from another device.
+    """
+    if group.get("fused") or group.get("capturable"):
+        for key, value in memory.items():
+            if isinstance(value, Tensor) and value.dim() == 0:
+                memory[key] = value.to(parameter.device)
