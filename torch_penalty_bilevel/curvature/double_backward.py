@@ -47,7 +47,7 @@ def first_derivative() -> Generator[None]:
                 "the graph of a loss was already freed: the closure called backward() itself, or "
                 "uses tensors computed outside it. Compute everything that depends on the "
                 "parameters inside the closure, and return the loss without calling backward()."
-            ) from error
+            ) from error.with_traceback(None)
         raise
 
 
@@ -68,7 +68,8 @@ def explained(is_own: Callable[[Exception], bool] = lambda _: False) -> Generato
             freed = "backward through the graph a second time" in str(error)
             if freed or _is_failure(error) or is_own(error):
                 raise
-            raise _refusal(error) from error
+            # Its traceback goes in a circle (from Python 3.12 on) and would keep the whole graph.
+            raise _refusal(error) from error.with_traceback(None)
 
 
 def names_operation(error: Exception) -> bool:
