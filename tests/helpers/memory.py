@@ -19,7 +19,8 @@ def kept_bytes(run: Callable[[], Any]) -> int:
 
 def changes(run: Callable[[], Any]) -> list[int]:
     """Bytes allocated (> 0) and freed (< 0), in the order of time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    traced = [ProfilerActivity.CPU]
+    with profile(activities=traced, profile_memory=True, acc_events=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
     return [
