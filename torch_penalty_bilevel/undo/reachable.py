@@ -88,15 +88,13 @@ class _Search:
         seen: dict[int, Any] = {}  # keeps what it saw alive, so that ids are unique
         asked = False  # the holders, since something was looked at
         while True:
-            # One loop over everything found, without a call for each: steps wait for it.
+            # Without a call for each, and first what holders say again: every step waits for it.
             for value, name in found:
+                if id(value) in seen:
+                    continue
                 if isinstance(value, Tensor):
                     self.tensors[name] = value
-                elif (
-                    not isinstance(value, _UNFOLLOWED)
-                    and id(value) not in seen
-                    and len(seen) < _MOST
-                ):
+                elif not isinstance(value, _UNFOLLOWED) and len(seen) < _MOST:
                     seen[id(value)] = value
                     pending.append((value, name))
             if pending:
