@@ -200,6 +200,25 @@ def test_compiled_parts_of_modules_are_seen():
     assert reached_by(cell(net)).compiled
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_compiled_is_said_to_be(case):
+    wrapped = case.startswith(("compiled", "disabled"))
+    assert reached_by(CASES[case]).compiled is wrapped
+
+
+def test_a_name_means_what_was_found_last():
+    box, two = types.SimpleNamespace(x=torch.ones(1)), torch.ones(2)
+
+    def closure(x=two):
+        return x, box.x
+
+    closure.__name__ = "box"
+    found = reached_by(closure).tensors
+    assert list(found) == ["box[0]", "box.x"]
+    closure.__kwdefaults__ = {0: torch.ones(3)}  # by a name that the first default has
+    assert [t.numel() for t in reached_by(closure).tensors.values()] == [3, 1]
+
+
 def test_names_of_tensors():
     history, holder, batch = [torch.ones(1)], types.SimpleNamespace(mean=torch.ones(2)), {}
     batch["x"] = torch.ones(3)

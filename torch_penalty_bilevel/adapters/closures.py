@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..constraints import Inequality
-from ..curvature import Curvature
+from ..curvature import Curvature, Loss
 from ..levels import Level, are_named, names, parameters, rules
 from ..penalties import Losses
 from ..tensors import Tensors
@@ -21,6 +22,9 @@ Closure: TypeAlias = Callable[..., Any]
 Closures: TypeAlias = Closure | tuple[Closure, Closure] | None
 Inequalities: TypeAlias = tuple[Sequence[Inequality], Sequence[Inequality]]
 """Of the upper and of the lower level."""
+
+
+_Structure: TypeAlias = Callable[[Sequence[Tensor]], Any]
 
 
 class _Check(Protocol):
@@ -72,63 +76,55 @@ def losses_of(
     guard.expect(upper_closure, lower_closure)
     rules.check(upper_rule, "upper")  # again: schedulers and hands change options in mid run
     rules.check(lower_rule, "lower", lower_is_map)
+    adapted = functools.partial(_live, guard)
     if not curvature.reads_live:
-        both = upper_rule, lower_rule
-        losses = pure(upper_closure, lower_closure, *both, guard, lower_is_map, inequalities)
-    else:
-        losses = live(upper_closure, lower_closure, guard, lower_rule, lower_is_map, inequalities)
-    if lower_is_map:
-        return losses
-    return losses._replace(lower=rules.with_decay(losses.lower, lower_rule))
-
-
-def live(
-    upper_closure: Callable[[], Any],
-    lower_closure: Callable[[], Any],
-    guard: BufferGuard,
-    lower_rule: Optimizer,
-    lower_is_map: bool,
-    inequalities: Inequalities = ((), ()),
-) -> Losses:
-    """Closures that read live tensors: each call is one evaluation under the buffer guard."""
-
-    def adapted(closure: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
-        def loss(upper: Tensors, lower: Tensors) -> Any:
-            del upper, lower  # the closure reads the very tensors
-            # Inside an autocast block of the caller, copies of parameters that have moved.
-            torch.clear_autocast_cache()
-            with guard.evaluation(level, closure), torch.enable_grad():
-                return check(_called(closure, level), level, differentiable=True)
-
-        return loss
-
+        structures = _structure(upper_rule, "upper"), _structure(lower_rule, "lower")
+        adapted = functools.partial(_pure, guard, *structures)
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
-    return _assembled(adapted, upper_closure, lower_closure, check_lower, inequalities)
+    lower = functools.partial(adapted, lower_closure, "lower", check_lower)
+    above, below = inequalities
+    return Losses(
+        functools.partial(adapted, upper_closure, "upper", _checked),
+        lower if lower_is_map else rules.with_decay(lower, lower_rule),
+        upper_values=tuple(_value(adapted, i, "upper") for i in above),
+        lower_values=tuple(_value(adapted, i, "lower") for i in below),
+    )
 
 
-def pure(
-    upper_function: Callable[..., Any],
-    lower_function: Callable[..., Any],
-    upper_rule: Optimizer,
-    lower_rule: Optimizer,
+def _value(adapted: Callable[..., Any], inequality: Inequality, level: Level) -> Loss:
+    return functools.partial(adapted, inequality.closure, level, _checked_values)
+
+
+def _live(
     guard: BufferGuard,
-    lower_is_map: bool,
-    inequalities: Inequalities = ((), ()),
-) -> Losses:
-    """Functions of (upper, lower), each a tuple of tensors or a dict by name."""
-    structured_upper = _structure(upper_rule, "upper")
-    structured_lower = _structure(lower_rule, "lower")
+    closure: Callable[[], Any],
+    level: Level,
+    check: _Check,
+    upper: Tensors,
+    lower: Tensors,
+) -> Any:
+    """One evaluation of a closure, under the buffer guard."""
+    del upper, lower  # the closure reads the very tensors
+    # Inside an autocast block of the caller, copies of parameters that have moved.
+    torch.clear_autocast_cache()
+    with guard.evaluation(level, closure), torch.enable_grad():
+        return check(_called(closure, level), level, differentiable=True)
 
-    def adapted(function: Callable[..., Any], level: Level, check: _Check) -> Callable[..., Any]:
-        def loss(upper: Tensors, lower: Tensors) -> Any:
-            with guard.evaluation(level, function):  # of modules behind torch.func.functional_call
-                value = _called(function, level, structured_upper(upper), structured_lower(lower))
-            return check(value, level, differentiable=False)
 
-        return loss
-
-    check_lower = _image_check(lower_rule) if lower_is_map else _checked
-    return _assembled(adapted, upper_function, lower_function, check_lower, inequalities)
+def _pure(
+    guard: BufferGuard,
+    upper_structure: _Structure,
+    lower_structure: _Structure,
+    function: Callable[..., Any],
+    level: Level,
+    check: _Check,
+    upper: Tensors,
+    lower: Tensors,
+) -> Any:
+    """One evaluation of a function of (upper, lower), each a tuple of tensors or a dict by name."""
+    with guard.evaluation(level, function):  # of modules behind torch.func.functional_call
+        value = _called(function, level, upper_structure(upper), lower_structure(lower))
+    return check(value, level, differentiable=False)
 
 
 def _called(function: Callable[..., Any], level: Level, *arguments: Any) -> Any:
@@ -148,21 +144,6 @@ def _called(function: Callable[..., Any], level: Level, *arguments: Any) -> Any:
         raise
 
 
-def _assembled(
-    adapted: Callable[[Callable[..., Any], Level, _Check], Callable[..., Any]],
-    upper: Callable[..., Any],
-    lower: Callable[..., Any],
-    check_lower: _Check,
-    inequalities: Inequalities,
-) -> Losses:
-    return Losses(
-        adapted(upper, "upper", _checked),
-        adapted(lower, "lower", check_lower),
-        upper_values=tuple(adapted(i.closure, "upper", _checked_values) for i in inequalities[0]),
-        lower_values=tuple(adapted(i.closure, "lower", _checked_values) for i in inequalities[1]),
-    )
-
-
 def _checked_values(value: Any, level: Level, *, differentiable: bool) -> Tensor:
     del differentiable  # h may be constant where the bound does not apply
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -174,7 +155,7 @@ def _checked_values(value: Any, level: Level, *, differentiable: bool) -> Tensor
     return value
 
 
-def _structure(rule: Optimizer, level: Level) -> Callable[[Sequence[Tensor]], Any]:
+def _structure(rule: Optimizer, level: Level) -> _Structure:
     """Put the tensors that move back between those that do not, under their names if they have."""
     everything = parameters(rule)
     labels = names(rule, level) if are_named(rule) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..constraints import Face, Faces, Inequality, LowerPoint, Projection
+from ..constraints import NO_FACES, Face, Faces, Inequality, LowerPoint, Projection
 from ..curvature import Loss
 from ..evaluation import Evaluation
 from ..levels import Level, names, parameters
@@ -92,7 +92,7 @@ class ConstrainedLevel:
         """The critical faces of ``point``; a missing gradient counts as zero."""
         projection = self.projection
         if projection is None:
-            return Faces()
+            return NO_FACES
         held = len(self.multipliers) if self.level == "lower" else 0
         pairs = list(zip(point, gradient, strict=True))
         with torch.no_grad():
@@ -224,13 +224,9 @@ class ConstrainedLevels:
     ) -> None:
         self.upper = ConstrainedLevel("upper", upper_constraint)
         self.lower = ConstrainedLevel("lower", lower_constraint)
+        self.inequalities = self.upper.inequalities, self.lower.inequalities
         for each, rule in ((self.upper, upper_rule), (self.lower, lower_rule)):
             each.check_start(names(rule, each.level), parameters(rule))
-
-    @property
-    def inequalities(self) -> tuple[Sequence[Inequality], Sequence[Inequality]]:
-        """Of the upper and of the lower level."""
-        return self.upper.inequalities, self.lower.inequalities
 
     @property
     def multipliers(self) -> tuple[Tensors, Tensors]:

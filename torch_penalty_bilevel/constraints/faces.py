@@ -107,6 +107,10 @@ class Faces:
                 parameter.copy_(face.retract(old, parameter.detach()))
 
 
+NO_FACES = Faces()
+"""Of a level without a constraint."""
+
+
 FacesOf: TypeAlias = Callable[[Tensors, Tensors], Faces]
 """(point, gradient) -> the critical faces there."""
 
@@ -114,4 +118,4 @@ FacesOf: TypeAlias = Callable[[Tensors, Tensors], Faces]
 def everywhere(point: Tensors, gradient: Tensors) -> Faces:
     """No constraint."""
     del point, gradient
-    return Faces()
+    return NO_FACES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,40 +37,58 @@ _FAILURES: tuple[type[BaseException], ...] = tuple(
 )
 
 
+def explain_first(error: RuntimeError) -> None:
+    """Raise from ``error`` of a gradient what it means, if it says that the graph is gone."""
+    if "backward through the graph a second time" in str(error):
+        raise DoubleBackwardError(
+            "the graph of a loss was already freed: the closure called backward() itself, or "
+            "uses tensors computed outside it. Compute everything that depends on the "
+            "parameters inside the closure, and return the loss without calling backward()."
+        ) from error
+
+
+def explain(error: RuntimeError, is_own: bool = False) -> None:
+    """Turn torch's many ways to refuse a second derivative into one error that names the remedy.
+
+    What failed differentiates a gradient, so whatever it raises is a refusal, whoever words it:
+    torch, a library, or a kernel without autograd. Excepted are failures of the machine: this
+    returns, for the caller to ``raise``.
+
+    Args:
+        error: what it raised.
+        is_own: did a loss, evaluated on the way, raise it by itself?
+    """
+    explain_first(error)
+    if not (_is_failure(error) or is_own):
+        raise _refusal(error) from error
+
+
 @contextlib.contextmanager
-def first_derivative() -> Generator[None]:
-    """Say what a gradient that fails because its graph is gone means."""
+def explained(is_own: Callable[[Exception], bool]) -> Generator[None]:
+    """``explain`` for a block that also evaluates losses: did one raise this error by itself?"""
     try:
         yield
     except RuntimeError as error:
-        if "backward through the graph a second time" in str(error):
-            raise DoubleBackwardError(
-                "the graph of a loss was already freed: the closure called backward() itself, or "
-                "uses tensors computed outside it. Compute everything that depends on the "
-                "parameters inside the closure, and return the loss without calling backward()."
-            ) from error.with_traceback(None)
+        explain(error, is_own(error))
         raise
 
 
-@contextlib.contextmanager
-def explained(is_own: Callable[[Exception], bool] = lambda _: False) -> Generator[None]:
-    """Turn torch's many ways to refuse a second derivative into one error that names the remedy.
+def _first(*of: Any, **options: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad`` of a loss."""
+    try:
+        return torch.autograd.grad(*of, **options)
+    except RuntimeError as error:
+        explain_first(error)
+        raise
 
-    The block differentiates a gradient, so whatever fails there is a refusal, whoever words it:
-    torch, a library, or a kernel without autograd. Excepted are failures of the machine.
 
-    Args:
-        is_own: where the block also evaluates losses: did a loss raise this error by itself?
-    """
-    with first_derivative():
-        try:
-            yield
-        except (RuntimeError, NotImplementedError) as error:
-            freed = "backward through the graph a second time" in str(error)
-            if freed or _is_failure(error) or is_own(error):
-                raise
-            # Its traceback goes in a circle (from Python 3.12 on) and would keep the whole graph.
-            raise _refusal(error) from error.with_traceback(None)
+def _second(*of: Any, **options: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad`` of a gradient, or with a graph of its own."""
+    try:
+        return torch.autograd.grad(*of, **options)
+    except RuntimeError as error:
+        explain(error)
+        raise
 
 
 def names_operation(error: Exception) -> bool:
@@ -113,16 +132,10 @@ def residual_graph(value: Tensor, lower: Tensors) -> OptionalTensors:
     Raises:
         DoubleBackwardError: torch makes a gradient, but no graph of it.
     """
-
-    def gradient(create_graph: bool) -> OptionalTensors:
-        return torch.autograd.grad(value, lower, create_graph=create_graph, allow_unused=True)
-
     try:
-        with explained():
-            return gradient(create_graph=True)
+        return _second(value, lower, create_graph=True, allow_unused=True)
     except DoubleBackwardError:
-        with first_derivative():
-            gradient(create_graph=False)  # raises what has nothing to do with second derivatives
+        _first(value, lower, allow_unused=True)  # raises what has nothing to do with second ones
         raise
 
 
@@ -151,8 +164,7 @@ def first_order(loss: Loss, at: Pair, *, inspect: bool) -> tuple[Tensor, Optiona
     value = loss(at.upper, at.lower)
     if inspect:
         refuse_reentrant_checkpoint(value)
-    with first_derivative():
-        gradients = torch.autograd.grad(value, (*at.upper, *at.lower), allow_unused=True)
+    gradients = _first(value, (*at.upper, *at.lower), allow_unused=True)
     n = len(at.upper)
     return value.detach(), OptionalPair(gradients[:n], gradients[n:])
 
@@ -227,14 +239,13 @@ def _with_pullback(value: Tensor, residual: Tensors, at: Pair, reusable: bool) -
         n = len(at.upper)
         if not pairs:
             return OptionalPair((None,) * n, (None,) * len(at.lower))
-        with explained():
-            parts = torch.autograd.grad(
-                [r for r, _ in pairs],
-                (*at.upper, *at.lower),
-                grad_outputs=[q for _, q in pairs],
-                retain_graph=reusable,
-                allow_unused=True,
-            )
+        parts = _second(
+            [r for r, _ in pairs],
+            (*at.upper, *at.lower),
+            grad_outputs=[q for _, q in pairs],
+            retain_graph=reusable,
+            allow_unused=True,
+        )
         return OptionalPair(parts[:n], parts[n:])
 
     return Linearised(value.detach(), tuple(r.detach() for r in residual), product)
@@ -246,17 +257,14 @@ def _pushforward(residual: Tensors, at: Pair) -> Callable[[Tensors], Tensors]:
     def transposed(direction: Tensors) -> Tensors:
         with torch.enable_grad():
             cotangents = tuple(torch.zeros_like(r, requires_grad=True) for r in residual)
-        with explained():
-            pulled = torch.autograd.grad(
-                residual, at.lower, grad_outputs=cotangents, create_graph=True
-            )
-            return torch.autograd.grad(
-                pulled,
-                cotangents,
-                grad_outputs=direction,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        pulled = _second(residual, at.lower, grad_outputs=cotangents, create_graph=True)
+        return _second(
+            pulled,
+            cotangents,
+            grad_outputs=direction,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
     return transposed

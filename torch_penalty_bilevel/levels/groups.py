@@ -67,13 +67,8 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def names(optimizer: Optimizer, level: Level) -> list[str]:
-    """One name per parameter: the user's, or ``upper[0]`` by position."""
-    found: list[str] = []
-    for group in optimizer.param_groups:
-        given = group.get("param_names")
-        for index in range(len(group["params"])):
-            found.append(given[index] if given else f"{level}[{len(found)}]")
-    return found
+    """One name per parameter, as in ``named``."""
+    return [name for name, _ in named(optimizer, level)]
 
 
 def give(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
@@ -87,9 +82,10 @@ def give(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
             the parameter and its moments alone.
     """
     fresh = iter(gradients)
-    for parameter in parameters(optimizer):
-        gradient = next(fresh) if parameter.requires_grad else None
-        parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = next(fresh) if parameter.requires_grad else None
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
 
 
 def are_named(optimizer: Optimizer) -> bool:
@@ -110,8 +106,14 @@ def check_disjoint(upper: Optimizer, lower: Optimizer) -> None:
 
 
 def named(optimizer: Optimizer, level: Level) -> list[tuple[str, Tensor]]:
-    """All parameters of a rule with their names."""
-    return list(zip(names(optimizer, level), parameters(optimizer), strict=True))
+    """All parameters of a rule with their names: the user's, or ``upper[0]`` by position."""
+    found: list[tuple[str, Tensor]] = []
+    for group in optimizer.param_groups:
+        given = group.get("param_names")
+        for index, parameter in enumerate(group["params"]):
+            name = given[index] if given else f"{level}[{len(found)}]"
+            found.append((name, parameter))
+    return found
 
 
 def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:

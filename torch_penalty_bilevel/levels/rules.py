@@ -11,6 +11,7 @@ v in another way, decoupled decay or ``maximize``, has no such loss and is refus
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Generator
 from typing import Any
@@ -126,7 +127,7 @@ def step_without_decay(rule: Optimizer) -> None:
     """``rule.step()`` on gradients that hold the decay already; its hooks see the option."""
     if isinstance(rule, Together):
         return rule.step_by(step_without_decay)
-    with around(rule, lambda: _without_decay(rule)):
+    with around(rule, functools.partial(_without_decay, rule)):
         rule.step()
 
 

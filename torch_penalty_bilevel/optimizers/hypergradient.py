@@ -17,7 +17,7 @@ from ..adapters.constraints import Constraint, upper_projection
 from ..checks import self_check
 from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch
-from ..constraints import Faces
+from ..constraints import NO_FACES
 from ..curvature import Curvature
 from ..errors import AdjointError
 from ..evaluation import Evaluation, Norms, measure
@@ -265,7 +265,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             def estimate(losses: Losses) -> Evaluation:
                 problem = self._problem(losses, here, copy.deepcopy(self.curvature))
                 found = estimated(problem, self.method, self._options_at(number))
-                return self._solved(found, problem).on_face(Faces(), 0)
+                return self._solved(found, problem).on_face(NO_FACES, 0)
 
             shift, how = self._options.damping or 0.0, (self.curvature, self.reduce, number + 1)
             given = losses, here.at, here.upper_names, estimate, shift, self.lower_is_map

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Generator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .. import curvature as engines
 from .. import levels, penalties
@@ -41,9 +39,8 @@ class Seen(NamedTuple):
     evaluation: Evaluation
     norms: Norms
     here: Here
-
-
-Evaluate: TypeAlias = Callable[[bool], Seen]
+    moving: list[bool]
+    """Which lower parameters and multipliers of inequalities: of these, all."""
 
 
 _ADVICE = self_check.Advice(
@@ -220,28 +217,31 @@ class PenaltyBilevelOptimizer(RemembersDual):
             return torch.zeros(())
         shared = self.penalty.rule.shares_evaluation
         one_evaluation = shared and self.lower_steps == 1
-        with self._undone_on_error(*both, [] if one_evaluation else [self.lower]) as evaluate:
+        with self._undone([] if one_evaluation else [self.lower]) as guard:
+            losses = self._losses(*both, guard)
             for _ in range(self.lower_steps - 1):
-                self._move_lower(evaluate(False))
-            seen = evaluate(shared)
+                self._move_lower(self._evaluate(losses, for_upper=False))
+            seen = self._evaluate(losses, for_upper=shared)
             self._move_lower(seen)
             if not shared:
-                seen = evaluate(True)
+                seen = self._evaluate(losses, for_upper=True)
                 self._adjoint = self._merged(seen.evaluation.adjoint, seen.here)
             self._move_upper(seen, hold=self._warms_up(seen.norms))
         return seen.evaluation.upper_loss
 
     def lower_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of v and of the multiplier, blind to u; returns f. See ``step``."""
-        with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            seen = evaluate(False)
+        with self._undone([]) as guard:
+            losses = self._losses(upper_closure, lower_closure, guard)
+            seen = self._evaluate(losses, for_upper=False)
             self._move_lower(seen)
         return seen.evaluation.upper_loss
 
     def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
         """One update of u from a fresh evaluation; returns f. See ``step``."""
-        with self._undone_on_error(upper_closure, lower_closure) as evaluate:
-            seen = evaluate(True)
+        with self._undone([]) as guard:
+            losses = self._losses(upper_closure, lower_closure, guard)
+            seen = self._evaluate(losses, for_upper=True)
             self._adjoint = self._merged(seen.evaluation.adjoint, seen.here)
             self._move_upper(seen)
         self._opt_called = True  # schedulers warn unless step() was called; this stands for it
@@ -292,8 +292,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
         return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
 
     def _move_lower(self, seen: Seen) -> None:
-        evaluation, norms, here = seen
-        rule, moving, lower = self.penalty.rule, self._moving(here), here.at.lower
+        evaluation, norms, here, moving = seen
+        rule, lower = self.penalty.rule, here.at.lower
         dual = self._dual.only(moving)
         direction, advanced = rule.lower_update(dual, evaluation, norms)
         advanced = rule.follow(advanced, evaluation, self._moves(lower, norms))
@@ -323,29 +323,19 @@ class PenaltyBilevelOptimizer(RemembersDual):
         return left > 0 and not ready
 
     def _move_upper(self, seen: Seen, hold: bool = False) -> None:
-        evaluation, norms, here = seen
+        evaluation, norms, here, moving = seen
         levels.give(self.upper, evaluation.upper_grad)
         if not hold:
             with evaluation.upper_face.retracting(here.at.upper):
                 rows.step_touched_rows(self.upper)
             self._sets.upper.ascend(evaluation.upper_values)
-        moving = self._moving(here)
         advanced = self.penalty.rule.upper_update(self._dual.only(moving), evaluation, norms)
         self._dual = self._dual.merged(advanced, moving, here.lower)
         self._counts["steps"] += 1
 
     # One evaluation.
 
-    @contextlib.contextmanager
-    def _undone_on_error(
-        self, upper_closure: Closure, lower_closure: Closure, rules: Sequence[Optimizer] = ()
-    ) -> Generator[Evaluate]:
-        """Yields ``evaluate``; undoes everything if the block raises."""
-        with self._undone(rules) as guard:
-            losses = self._losses(upper_closure, lower_closure, guard)
-            yield lambda for_upper: self._evaluate(losses, for_upper)
-
-    def _evaluate(self, losses: Losses, for_upper: bool) -> Seen:
+    def _evaluate(self, losses: Losses, *, for_upper: bool) -> Seen:
         """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
         here = self._here()
         self._dual = self._sets.start(losses, here.at, self._dual)
@@ -355,7 +345,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
         if not for_upper and self.curvature.reads_live:
             both = both._replace(at=Pair((), both.at.lower), upper_names=[])
         at, names = self.curvature.point(both.at), both.upper_names
-        dual = self._dual.only(self._moving(here))
+        moving = self._moving(here)
+        dual = self._dual.only(moving)
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
         evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
         norms = measure(evaluation, names, self._counts["steps"] + 1)
@@ -369,10 +360,10 @@ class PenaltyBilevelOptimizer(RemembersDual):
         cost = self._counts["gradient_evaluations"]
         weights = dual.weight, dual.damping
         self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, weights, cost
-        return Seen(evaluation, norms, here)
+        return Seen(evaluation, norms, here, moving)
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
-        rest = self.upper, self.lower, guard, self._lower_is_map(), self._sets.inequalities
+        rest = self.upper, self.lower, guard, self.penalty.lower_is_map, self._sets.inequalities
         return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
 
     def _lower_is_map(self) -> bool:

@@ -194,7 +194,8 @@ class TwoLevelOptimizer(levels.Joined):
         )
 
     def _devices(self) -> list[torch.device]:
-        return [p.device for rule in (self.upper, self.lower) for p in levels.parameters(rule)]
+        groups = (*self.upper.param_groups, *self.lower.param_groups)
+        return [p.device for group in groups for p in group["params"]]
 
     def _group_added(self, level: str, parameters: Sequence[Tensor]) -> None:
         raise NotImplementedError

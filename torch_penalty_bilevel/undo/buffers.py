@@ -63,7 +63,10 @@ class BufferGuard:
         try:
             for root in self._modules(function):
                 swap_in_clones(root)
-            with self._scope.watching(function, swap_in_clones):
+            if self._scope.searches:
+                with self._scope.watching(function, swap_in_clones):
+                    yield
+            else:
                 yield
             for module, own in clones.items():
                 if module not in self._first[level]:

@@ -12,8 +12,8 @@ import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -24,7 +24,9 @@ _MOST = 1_000
 _CLOSED = {"builtins", "torch", "numpy", "torch_penalty_bilevel"}  # objects that hold no modules
 _LIBRARIES = sys.stdlib_module_names | _CLOSED
 _INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
-_UNFOLLOWED = (str, bytes, int, float, complex, type(None), Tensor, types.BuiltinFunctionType)
+_UNFOLLOWED = (str, bytes, int, float, complex, type(None), types.BuiltinFunctionType)
+_Found: TypeAlias = tuple[Any, str]
+"""Something, and its name."""
 
 
 class Reached(NamedTuple):
@@ -34,20 +36,24 @@ class Reached(NamedTuple):
     """Each once; their submodules are reached through them."""
     tensors: dict[str, Tensor]
     """By the name of the variable, attribute or entry that holds them."""
-    compiled: bool
-    """Is anything behind ``torch.compile`` among them?"""
+    compiled_functions: bool
+    """Is a function behind ``torch.compile`` among what led to them?"""
+
+    @property
+    def compiled(self) -> bool:
+        """Is anything behind ``torch.compile`` there? Asks each submodule; most need not know."""
+        return self.compiled_functions or any(
+            hasattr(module, "_torchdynamo_orig_callable")
+            or any(part._compiled_call_impl is not None for part in module.modules())
+            for module in self.modules
+        )
 
 
 def reached_by(function: Callable[..., Any]) -> Reached:
     """The modules and tensors that ``function`` can reach by name."""
     search = _Search(_package(function))
-    search.follow(function, getattr(function, "__name__", type(function).__name__))
-    search.run()
-    modules = list(search.modules.values())
-    compiled = search.compiled or any(
-        part._compiled_call_impl is not None for module in modules for part in module.modules()
-    )
-    return Reached(modules, search.tensors, compiled)
+    search.run(function, getattr(function, "__name__", type(function).__name__))
+    return Reached(list(search.modules.values()), search.tensors, search.compiled_functions)
 
 
 def code_of(function: Callable[..., Any]) -> types.CodeType | None:
@@ -69,112 +75,104 @@ def code_of(function: Callable[..., Any]) -> types.CodeType | None:
 class _Search:
     def __init__(self, home: str) -> None:
         self._home = home  # the closure's own package, which may itself be an installed one
-        self.compiled = False
+        self.compiled_functions = False
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[str, Tensor] = {}
         self._names: set[str] = set()
-        self._seen: dict[int, Any] = {}  # keeps what it saw alive, so that ids are unique
-        self._pending: list[tuple[Any, str]] = []
         self._holders: list[tuple[str, Mapping[str, Any]]] = []
 
-    def follow(self, value: Any, name: str) -> None:
-        """Look at ``value``, called ``name``, when its turn comes."""
-        if isinstance(value, Tensor):
-            self.tensors[name] = value
-        elif (
-            not isinstance(value, _UNFOLLOWED)
-            and id(value) not in self._seen
-            and len(self._seen) < _MOST
-        ):
-            self._seen[id(value)] = value
-            self._pending.append((value, name))
-
-    def run(self) -> None:
+    def run(self, start: Any, called: str) -> None:
         """Until nothing new is found: each function adds names, which holders may have."""
+        found: list[_Found] = [(start, called)]
+        pending: list[_Found] = []
+        seen: dict[int, Any] = {}  # keeps what it saw alive, so that ids are unique
+        asked = False  # the holders, since something was looked at
         while True:
-            while self._pending:
-                self._look_at(*self._pending.pop())
-            for name, attributes in self._holders:
-                for key in self._names & attributes.keys():
-                    self.follow(attributes[key], f"{name}.{key}")
-            if not self._pending:
+            # Without a call for each, and first what holders say again: every step waits for it.
+            for value, name in found:
+                if id(value) in seen:
+                    continue
+                if isinstance(value, Tensor):
+                    self.tensors[name] = value
+                elif not isinstance(value, _UNFOLLOWED) and len(seen) < _MOST:
+                    seen[id(value)] = value
+                    pending.append((value, name))
+            if pending:
+                value, name = pending.pop()
+                is_function = isinstance(value, types.FunctionType)
+                found = self._function(value) if is_function else self._other(value, name)
+                asked = False
+            elif not asked:
+                found = [
+                    (attributes[key], f"{name}.{key}")
+                    for name, attributes in self._holders
+                    for key in self._names & attributes.keys()
+                ]
+                asked = True
+            else:
                 return
 
-    def _look_at(self, value: Any, name: str) -> None:
-        if isinstance(value, nn.Module):
-            self.modules[id(value)] = value
-            self.compiled |= hasattr(value, "_torchdynamo_orig_callable")
-            self._methods(value, name)
-        elif isinstance(value, types.FunctionType):
-            self._function(value)
-        elif isinstance(value, types.MethodType):
-            self.follow(value.__self__, name)
-            self.follow(value.__func__, name)
-        elif isinstance(value, functools.partial):
-            self.follow(value.func, name)
-            self._entries(enumerate(value.args), name)
-            self._entries(value.keywords.items(), name)
-        elif isinstance(value, (staticmethod, classmethod)):
-            self.follow(value.__func__, name)
-        elif isinstance(value, property):
-            self.follow(value.fget, name)
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            if len(value) <= _LONGEST:
-                self._entries(enumerate(value), name)
-        elif isinstance(value, dict):
-            if len(value) <= _LONGEST:
-                self._entries(value.items(), name)
-        elif isinstance(value, types.ModuleType):
-            if not self._is_foreign(value):
-                self._hold(value, name)
-        elif _package(value) not in _CLOSED:
-            self._hold(value, name)
-            self._methods(value, name)
+    # What one thing leads to.
 
-    def _entries(self, entries: Iterable[tuple[Any, Any]], name: str) -> None:
-        for key, entry in list(entries):
-            self.follow(entry, f"{name}[{key!r}]")
-
-    def _hold(self, value: Any, name: str) -> None:
-        if attributes := getattr(value, "__dict__", None):
-            self._holders.append((name, attributes))
-
-    def _methods(self, value: Any, name: str) -> None:
-        for kind in type(value).__mro__:
-            if not self._is_foreign(kind):
-                self._hold(kind, name)
-                slots = [s for s in getattr(kind, "__slots__", ()) if hasattr(value, s)]
-                if slots:
-                    self._holders.append((name, {s: getattr(value, s) for s in slots}))
-        if isinstance(call := _inherited(type(value), "__call__"), types.FunctionType):
-            self.follow(call, name)
-
-    def _function(self, function: Any) -> None:
+    def _function(self, function: Any) -> list[_Found]:
+        name = function.__name__
         inner = getattr(function, "_torchdynamo_orig_callable", None)
         if inner is not None:  # the wrapper's own cells hold the compiler
-            self.compiled = True
-            self.follow(inner, function.__name__)
-            return
-        if self._is_foreign(function):
-            return
-        self.follow(getattr(function, "__wrapped__", None), function.__name__)
+            self.compiled_functions = True
+            return [(inner, name)]
+        if _is_foreign(function.__module__, self._home):
+            return []
+        found: list[_Found] = [(getattr(function, "__wrapped__", None), name)]
         code: types.CodeType = function.__code__
         names = _names_in(code)
         self._names |= names
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
-                self.follow(cell.cell_contents, variable)
+                found.append((cell.cell_contents, variable))
             except ValueError:  # not assigned yet
                 continue
         scope = function.__globals__
-        for variable in names & scope.keys():
-            self.follow(scope[variable], variable)
-        self._entries(enumerate(function.__defaults__ or ()), function.__name__)
-        self._entries((function.__kwdefaults__ or {}).items(), function.__name__)
+        found += [(scope[variable], variable) for variable in names & scope.keys()]
+        defaults, by_name = function.__defaults__ or (), function.__kwdefaults__ or {}
+        return found + _entries([*enumerate(defaults), *by_name.items()], name)
 
-    def _is_foreign(self, value: Any) -> bool:
-        package = _package(value)
-        return package != self._home and _is_library(package)
+    def _other(self, value: Any, name: str) -> list[_Found]:
+        if isinstance(value, nn.Module):
+            self.modules[id(value)] = value
+            return self._methods(value, name)
+        if isinstance(value, types.MethodType):
+            return [(value.__self__, name), (value.__func__, name)]
+        if isinstance(value, functools.partial):
+            given = [*enumerate(value.args), *value.keywords.items()]
+            return [(value.func, name), *_entries(given, name)]
+        if isinstance(value, (staticmethod, classmethod)):
+            return [(value.__func__, name)]
+        if isinstance(value, property):
+            return [(value.fget, name)]
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return _entries(list(enumerate(value)), name) if len(value) <= _LONGEST else []
+        if isinstance(value, dict):
+            return _entries(list(value.items()), name) if len(value) <= _LONGEST else []
+        is_module = isinstance(value, types.ModuleType)
+        if _is_foreign(value.__name__, self._home) if is_module else _package(value) in _CLOSED:
+            return []
+        if attributes := getattr(value, "__dict__", None):
+            self._holders.append((name, attributes))
+        return [] if is_module else self._methods(value, name)
+
+    def _methods(self, value: Any, name: str) -> list[_Found]:
+        for kind in type(value).__mro__:
+            if not _is_foreign(kind.__module__, self._home):
+                self._holders.append((name, vars(kind)))
+                slots = [s for s in getattr(kind, "__slots__", ()) if hasattr(value, s)]
+                if slots:
+                    self._holders.append((name, {s: getattr(value, s) for s in slots}))
+        call = _inherited(type(value), "__call__")
+        return [(call, name)] if isinstance(call, types.FunctionType) else []
+
+
+def _entries(pairs: list[tuple[Any, Any]], name: str) -> list[_Found]:
+    return [(entry, f"{name}[{key!r}]") for key, entry in pairs]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -204,9 +202,13 @@ def _package(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_library(package: str) -> bool:
-    """Is it torch's, Python's or anyone's but the user's, who does not install what he works on?"""
-    module = sys.modules.get(package)
-    places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+def _is_foreign(module: str | None, home: str) -> bool:
+    """Is what this Python module defines torch's, Python's or anyone's but the user's?
+
+    He does not install what he works on; the package ``home`` is his in any case.
+    """
+    package = (module or "").partition(".")[0]
+    held = sys.modules.get(package)
+    places = [getattr(held, "__file__", None), *getattr(held, "__path__", [])]
     installed = any(place.startswith(_INSTALLED) for place in places if place)
-    return package in _LIBRARIES or installed
+    return package != home and (package in _LIBRARIES or installed)

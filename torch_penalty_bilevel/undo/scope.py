@@ -76,13 +76,10 @@ class Scope:
 
     @contextlib.contextmanager
     def watching(self, function: Function, use: Callable[[nn.Module], bool]) -> Generator[None]:
-        """One evaluation; when searching, ``use`` is told of each module that runs in it.
+        """One evaluation of a search: ``use`` is told of each module that runs in it.
 
         ``use`` returns whether the module was not known before.
         """
-        if not self.searches:
-            yield
-            return
         thread, code = threading.get_ident(), code_of(function)
         found: WeakSet[nn.Module] = WeakSet()
         if code is not None:
