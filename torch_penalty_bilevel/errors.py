@@ -32,6 +32,7 @@ class AdjointError(NonFiniteError):
     def __init__(self, status: str, reason: str, place: str) -> None:
         super().__init__(status, reason, place)
         self.status = status
+        self.reason = reason
 
     def __str__(self) -> str:
         return "adjoint: {1}; {2}".format(*self.args)

@@ -186,6 +186,19 @@ def test_breakdown_is_nan_and_never_a_number(
     assert ("damping" in solution.message) == (status == "negative_curvature")
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e6])
+def test_a_breakdown_says_how_much_damping_is_needed(size: float) -> None:
+    """b = size (1, 1) and H = diag(-3, 1): <b, H b> / <b, b> = -1, whatever the size of b."""
+    A = torch.tensor([-3.0, 1.0], dtype=torch.float64)
+    right = torch.full((2,), size, dtype=torch.float64)
+    message = conjugate_gradient(lambda x: (A * x[0],), (right,)).message
+    assert "curvature -1 (" in message
+    assert "damping above 1," in message
+    assert "weight decay" in message
+    flat = conjugate_gradient(lambda x: (0 * x[0],), (right,)).message
+    assert "damping above 0," in flat
+
+
 def test_inputs_are_not_modified() -> None:
     right = (normal(3, seed=1), normal(2, 2, seed=2))
     copies = tuple(t.clone() for t in right)

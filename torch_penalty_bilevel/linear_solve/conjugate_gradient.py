@@ -60,7 +60,8 @@ def conjugate_gradient(
         if not curvature > 0:
             if math.isnan(curvature):
                 return broken(right, products, "not_finite", _NOT_FINITE)
-            return broken(right, products, "negative_curvature", _breakdown(curvature))
+            along = curvature / (float(dot(direction, direction)) or 1.0)
+            return broken(right, products, "negative_curvature", _breakdown(along))
         step = square / curvature
         value = axpy(step, direction, value)
         residual, exact = axpy(-step, curved, residual), False
@@ -149,9 +150,11 @@ def least_squares(
     return Solution(value, products, error, "no_solution" if least else "unfinished", message)
 
 
-def _breakdown(curvature: float) -> str:
+def _breakdown(along: float) -> str:
+    """What to say of <d, A d> / <d, d> <= 0: some eigenvalue of A is at most that."""
     return (
-        f"curvature {curvature:.3g} along a search direction: the Hessian is not positive definite "
-        'there; minimise the lower level further, add damping, or take method="cg_normal", which '
-        "needs no sign"
+        f"curvature {along:.3g} (<d, H d> / <d, d>) along a search direction d: the Hessian is not "
+        f"positive definite there; minimise the lower level further, add damping above "
+        f"{max(0.0, -along):.3g}, or weight decay to g (v of a network may stay near a saddle), or "
+        'take method="cg_normal", which needs no sign'
     )
