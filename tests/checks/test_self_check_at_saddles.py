@@ -1,5 +1,7 @@
 """check_hypergradient where g has no minimum to be found, or the optimizer has no estimate."""
 
+import math
+
 import pytest
 import torch
 
@@ -36,14 +38,40 @@ def test_a_search_without_end_says_nothing_of_the_estimate(dtype, method):
     assert torch.equal(v, torch.tensor([0.3, 0.2], dtype=dtype))
 
 
-@pytest.mark.parametrize("options", [{"method": "cg"}, {"method": "neumann", "step_size": 5.0}])
-def test_without_an_estimate_the_check_says_why(options):
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [({"method": "cg"}, "damping above"), ({"method": "neumann", "step_size": 5.0}, "diverged")],
+)
+@pytest.mark.parametrize("resolve", [True, False])
+def test_without_an_estimate_the_check_says_why(options, cause, resolve):
     u, v, f, g = saddle(torch.float64)
     optimizer = HypergradientOptimizer([u], [v], **options)
-    with pytest.raises(AdjointError, match="nothing was changed") as raised:
-        optimizer.check_hypergradient(f, g)
-    assert raised.value.status in ("negative_curvature", "diverged")
+    report = optimizer.check_hypergradient(f, g, resolve=resolve)
+    assert str(report).startswith("Hypergradient check: no estimate: the adjoint equation")
+    assert not report.agrees
+    assert report.estimate[0].isnan().all()
+    assert math.isnan(report.relative_error)
+    assert math.isnan(report.adjoint_residual_norm)
+    torch.testing.assert_close(report.exact[0], torch.tensor([0.3, -0.4], dtype=torch.float64))
+    found = {finding.name: finding.message for finding in report.findings}
+    assert cause in found["adjoint"]
+    assert "curvature" in found
     assert torch.equal(v, torch.tensor([0.3, 0.2], dtype=torch.float64))
+    with pytest.raises(AdjointError, match="nothing was changed"):
+        optimizer.upper_step(f, g)
+
+
+def test_without_an_estimate_a_minimum_of_g_is_judged_all_the_same():
+    """The divergent series is the whole trouble: exact, slopes and v are fine."""
+    u, v, f, g = convex()
+    v.data.copy_(torch.tensor([0.5, 1.0]))  # v* = u / (2, 1)
+    optimizer = HypergradientOptimizer([u], [v], method="neumann", step_size=50.0)
+    report = optimizer.check_hypergradient(f, g, resolve=True)
+    assert {finding.name for finding in report.findings} == {"adjoint"}
+    (slope,) = report.slopes
+    assert slope.direction == "a random direction"
+    assert slope.resolved == pytest.approx(slope.exact, rel=1e-2)
+    assert report.telling == report.slopes
 
 
 def convex():

@@ -82,6 +82,14 @@ def test_without_a_reference_there_is_no_agreement():
     assert "no verdict" in str(lost)
 
 
+def test_without_an_estimate_slopes_are_held_to_the_exact_one():
+    lost = {"relative_error": math.nan, "estimate": (torch.tensor([math.nan]),)}
+    for uncertainty, telling in ((0.5, 1), (2.0, 0)):
+        slopes = slope("a random direction", math.nan, resolved=0.1, uncertainty=uncertainty)
+        assert len(report(**lost, slopes=slopes).telling) == telling
+    assert "no estimate" in str(report(**lost))
+
+
 def test_the_verdict_is_that_of_the_resolved_level():
     assert report(relative_error=0.5, slopes=slope()).agrees
     assert not report(relative_error=0.0, slopes=slope(resolved=2.0)).agrees

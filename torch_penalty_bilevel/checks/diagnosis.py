@@ -42,6 +42,14 @@ class Context(NamedTuple):
     unused: tuple[str, ...]
     """Upper parameters that neither f nor grad_v g depends on."""
     advice: Advice
+    failure: str = ""
+    """Why there is no estimate."""
+    true_share: float = math.nan
+    """||grad_v f + H q|| / ||grad_v f|| of the closures' losses, whatever the penalty reports."""
+    attainable: float = 0.0
+    """The share that a converged q may have."""
+    at_rounding: bool = False
+    """grad_v g is as small as its rounding."""
 
 
 def diagnosed(report: HypergradientReport, context: Context) -> HypergradientReport:
@@ -57,6 +65,13 @@ def diagnosed(report: HypergradientReport, context: Context) -> HypergradientRep
 
 
 def _about_losses(report: HypergradientReport, context: Context) -> Iterator[Finding]:
+    if not report.same_lower_problem:
+        yield Finding(
+            "penalty",
+            "this penalty solves another lower problem than grad_v g = 0 (its residual is not "
+            "grad_v g); the exact values are those of g: to check it, compare with an optimizer "
+            "whose lower closure returns the loss that the penalty minimises",
+        )
     if report.repeats == "no":
         yield Finding(
             "closures",
@@ -108,6 +123,9 @@ def _about_curvature(report: HypergradientReport, context: Context) -> Iterator[
 
 
 def _about_estimate(report: HypergradientReport, context: Context) -> Iterator[Finding]:
+    solver = context.advice.solver
+    if context.failure:
+        yield Finding(solver, f"there is no estimate: {context.failure}")
     if not report.relative_error > AGREEMENT:
         return
     share = report.adjoint_residual_norm / (report.slope_norm or math.inf)
@@ -115,15 +133,21 @@ def _about_estimate(report: HypergradientReport, context: Context) -> Iterator[F
     if context.ridge_share < 0.3:
         yield Finding(
             "ridge",
-            f"the {context.advice.solver} has converged, but to (H + mu I) q = -grad_v f: "
+            f"the {solver} has converged, but to (H + mu I) q = -grad_v f: "
             f"{context.advice.shifted}",
         )
-    elif share > AGREEMENT or (context.damping == 0 and same_products):
-        yield Finding(
-            context.advice.solver,
-            f"the {context.advice.solver} has not converged: the certificate is {share:.2g} of "
-            f"||grad_v f||; {context.advice.unsolved}",
-        )
+    elif share > AGREEMENT:
+        yield _unsolved(share, context)
+    elif context.damping == 0 and same_products and report.same_lower_problem:
+        if context.true_share > max(AGREEMENT, 2 * share):
+            yield Finding(
+                "penalty",
+                f"the {solver} has converged to a certificate of {share:.2g} of ||grad_v f||, but "
+                f"||grad_v f + H q|| of the two closures is {context.true_share:.2g}: the penalty "
+                'has another product than H q, or ("value") too small a weight',
+            )
+        elif share > context.attainable:
+            yield _unsolved(share, context)
     if context.damping > 0:
         yield Finding(
             "damping",
@@ -132,13 +156,24 @@ def _about_estimate(report: HypergradientReport, context: Context) -> Iterator[F
         )
 
 
+def _unsolved(share: float, context: Context) -> Finding:
+    solver, remedy = context.advice.solver, context.advice.unsolved
+    return Finding(
+        solver,
+        f"the {solver} has not converged: the certificate is {share:.2g} of ||grad_v f||; {remedy}",
+    )
+
+
 def _about_lower_level(report: HypergradientReport, context: Context) -> Iterator[Finding]:
+    if not report.same_lower_problem:
+        return
     exact = math.sqrt(sum(float(t.double().square().sum()) for t in report.exact))
     off = any(
         not abs(s.resolved - s.exact) <= AGREEMENT * exact + 3 * s.uncertainty
         for s in report.telling
     )
-    away = not report.lower_distance <= (_NEAR if report.telling else AGREEMENT)
+    near = _NEAR if report.telling else AGREEMENT
+    away = not (report.lower_distance <= near or context.at_rounding)
     if not (off if report.telling else away):
         return
     if away:

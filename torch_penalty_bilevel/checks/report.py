@@ -62,24 +62,26 @@ class HypergradientReport:
 
     - ``"closures"``: f or g differ from call to call; ``"random"``: they draw random numbers
       (a note: the check holds them fixed);
+    - ``"penalty"``: the penalty solves another problem than grad_v g = 0, or has another product;
     - ``"unused"``: an upper parameter that neither f nor grad_v g depends on;
     - ``"dependence"``: grad_v g does not depend on u; ``"upper loss"``: f does not depend on v;
     - ``"curvature"``: H is not positive definite; ``"solve"``: the exact solve stopped early;
     - ``"engine"``: two ways to differentiate g twice disagree;
     - ``"stationary"``: the hypergradient is a small difference of large terms (a note);
-    - ``"ridge"``, ``"multiplier"``, ``"damping"``: why estimate and exact differ at this (u, v);
+    - ``"ridge"``, ``"multiplier"`` (``"adjoint"`` of ``HypergradientOptimizer``), ``"damping"``:
+      why estimate and exact differ at this (u, v), or why there is no estimate;
     - ``"lower level"``: v is not near v*(u); ``"landscape"``: it is, and still the re-solved lower
       level says otherwise.
     """
 
     cosine: float
-    """<estimate, exact> / (||estimate|| ||exact||); NaN where exact is unknown or zero."""
+    """<estimate, exact> / (||estimate|| ||exact||); NaN where one is unknown or zero."""
     relative_error: float
-    """||estimate - exact|| / ||exact||; NaN where exact is unknown."""
+    """||estimate - exact|| / ||exact||; NaN where one is unknown."""
     residual_norm: float
     """||r||_2 = ||grad_v g||_2."""
     adjoint_residual_norm: float
-    """||a||_2 = ||grad_v f + H q||_2, the certificate."""
+    """||a||_2 = ||grad_v f + H q||_2, the certificate that the optimizer reports; NaN without q."""
     slope_norm: float
     """||grad_v f||_2: what the certificate is for q = 0, so its natural unit."""
     lower_distance: float
@@ -109,9 +111,12 @@ class HypergradientReport:
     findings: tuple[Finding, ...]
     """What is wrong or remarkable, likely causes first."""
     estimate: tuple[Tensor, ...]
-    """The optimizer's hypergradient, one tensor per upper parameter that moves."""
+    """The optimizer's hypergradient, one tensor per upper parameter that moves; NaN where its
+    adjoint equation has no solution by its method."""
     exact: tuple[Tensor, ...]
     """grad_u f - J H^{-1} grad_v f at (u, v)."""
+    same_lower_problem: bool = True
+    """Is the residual that the penalty drives to zero grad_v g? ``exact`` is made of that."""
 
     @property
     def agrees(self) -> bool:
@@ -130,8 +135,8 @@ class HypergradientReport:
 
         One whose uncertainty is larger than the gradients that it is to judge agrees with all.
         """
-        known = 0.0 if math.isnan(self.relative_error) else _length(self.exact)
-        size = max(_length(self.estimate), known)
+        known = [t for t in (_length(self.estimate), _length(self.exact)) if math.isfinite(t)]
+        size = max(known, default=0.0)
         return tuple(
             # Three times is what is granted to them.
             s
@@ -157,6 +162,10 @@ class HypergradientReport:
         )
 
     def _verdict(self) -> str:
+        if math.isnan(_length(self.estimate)):
+            return "no estimate: the adjoint equation has no solution by this method"
+        if not self.same_lower_problem:
+            return "no verdict: the penalty solves another lower problem than grad_v g = 0"
         if math.isnan(self.relative_error):
             return "no verdict: the implicit hypergradient does not exist here"
         if self.damping > 0 and not self._fits_formula and (not self.telling or self._fits_slopes):

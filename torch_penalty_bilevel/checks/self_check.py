@@ -13,16 +13,17 @@ from torch import Tensor
 
 from ..arguments import check_count
 from ..curvature import Automatic, Curvature, FiniteDifference, Loss
-from ..errors import BilevelWarning
+from ..errors import AdjointError, BilevelWarning
 from ..evaluation import Evaluation, measure
 from ..hypergradients import MethodOptions
-from ..linear_solve import conjugate_gradient, random_direction
+from ..linear_solve import random_direction
 from ..penalties import Losses, Reduce
 from ..tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
 from ..undo.random_state import RandomState
 from .dependence import dependence
 from .diagnosis import Advice, Context, diagnosed
 from .exact import Implicit, ImplicitProblem, implicit_hypergradient
+from .own_problem import at_rounding, newton_length, own_certificate, solves_another
 from .report import HypergradientReport, Repeats
 from .resolved_slopes import slopes
 
@@ -90,23 +91,27 @@ def check(subject: Subject, options: CheckOptions) -> HypergradientReport:
 def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> HypergradientReport:
     at, losses = subject.at, subject.losses
     depends = dependence(losses, at, False, _reference(subject.curvature))
-    evaluation = subject.estimate(losses)
-    norms = measure(evaluation, subject.names, subject.step)
-    estimate = tuple(dense(g) for g in filled(evaluation.upper_grad, at.upper))
+    own = _own(subject, losses)
+    evaluation, estimate = own.evaluation, own.gradient
     problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.reduce)
     exact = _exact(problem, options)
     error, cosine = _compared(estimate, exact.hypergradient)
     seen = float(norm(exact.products(random_direction(at.lower)).upper)) > 0
-    curvature, distance = _curvature_along_residual(exact), _lower_distance(exact, at)
-    cancellation = _cancellation(exact)
+    curvature, cancellation = _curvature_along_residual(exact), _cancellation(exact)
+    distance = newton_length(exact, at, exact.linear.residual)
+    another, certificate = False, math.nan
+    if evaluation is not None:
+        another = repeats != "no" and solves_another(evaluation, exact, at)
+        certificate = own_certificate(evaluation, exact)
+    rounding, slope = at_rounding(exact, at), float(norm(exact.upper.slope))
     # From here on parameters move in place, which ends the life of ``exact.linear``.
     difference = _engine_difference(subject, problem, exact, repeats)
     report = HypergradientReport(
         cosine=cosine,
         relative_error=error,
-        residual_norm=norms.residual,
-        adjoint_residual_norm=norms.adjoint_residual,
-        slope_norm=norms.slope,
+        residual_norm=float(norm(exact.linear.residual)),
+        adjoint_residual_norm=own.certificate,
+        slope_norm=slope,
         lower_distance=distance,
         curvature_along_residual=curvature,
         positive_definite=exact.positive_definite,
@@ -115,17 +120,18 @@ def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> Hyper
         engine=problem.engine_name,
         engine_difference=difference,
         products=exact.solution.iterations,
-        solve_residual=exact.solution.residual_norm / (norms.slope or 1.0),
+        solve_residual=exact.solution.residual_norm / (slope or 1.0),
         solved=exact.solution.converged,
         damping=options.damping,
         slopes=slopes(problem, estimate, exact) if _resolves(options, at, repeats) else (),
         findings=(),
         estimate=estimate,
         exact=exact.hypergradient,
+        same_lower_problem=not another,
     )
     context = Context(
         eps=coarsest_eps(at.lower),
-        ridge_share=_ridge_share(subject, evaluation),
+        ridge_share=1.0 if evaluation is None else _ridge_share(subject, evaluation),
         cancellation=cancellation,
         damping=options.damping,
         message=exact.solution.message,
@@ -133,6 +139,10 @@ def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> Hyper
             n for n, *uses in zip(subject.names, *depends[:2], strict=True) if not any(uses)
         ),
         advice=subject.advice,
+        failure=own.failure,
+        true_share=certificate / (slope or 1.0),
+        attainable=problem.tolerance,
+        at_rounding=rounding,
     )
     return diagnosed(report, context)
 
@@ -175,6 +185,29 @@ def _with_same_random_numbers(losses: Losses, at: Pair) -> Losses:
 # Estimate and exact.
 
 
+class _Own(NamedTuple):
+    """What the optimizer would apply."""
+
+    gradient: Tensors
+    """NaN where it has none."""
+    certificate: float
+    evaluation: Evaluation | None
+    failure: str
+    """Why there is none."""
+
+
+def _own(subject: Subject, losses: Losses) -> _Own:
+    upper = subject.at.upper
+    try:
+        evaluation = subject.estimate(losses)
+    except AdjointError as error:
+        nowhere = tuple(torch.full_like(dense(u.detach()), math.nan) for u in upper)
+        return _Own(nowhere, math.nan, None, error.reason)
+    certificate = measure(evaluation, subject.names, subject.step).adjoint_residual
+    gradient = tuple(dense(g) for g in filled(evaluation.upper_grad, upper))
+    return _Own(gradient, certificate, evaluation, "")
+
+
 def _reference(curvature: Curvature) -> Curvature:
     """The engine itself, or an exact one where it is a difference and torch has one."""
     exact = curvature.exact()
@@ -205,19 +238,6 @@ def _curvature_along_residual(exact: Implicit) -> float:
     r = exact.linear.residual
     square = float(dot(r, r))
     return float(dot(r, exact.linear.product(r))) / square if square > 0 else math.nan
-
-
-def _lower_distance(exact: Implicit, at: Pair) -> float:
-    """||H^{-1} r|| / ||v||: the Newton step to the minimiser, to two digits."""
-    if not exact.positive_definite:
-        return math.nan
-    newton = conjugate_gradient(
-        exact.linear.product,
-        exact.linear.residual,
-        tolerance=1e-2,
-        max_iterations=_MOST_PRODUCTS,
-    )
-    return float(norm(newton.value)) / (float(norm([v.detach() for v in at.lower])) or 1.0)
 
 
 def _cancellation(exact: Implicit) -> float:

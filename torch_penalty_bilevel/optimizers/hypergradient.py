@@ -250,11 +250,11 @@ class HypergradientOptimizer(RemembersAdjoint):
     ) -> HypergradientReport:
         """What ``upper_step`` would apply here beside exact hypergradients; moves nothing.
 
-        Arguments and report are those of ``PenaltyBilevelOptimizer.check_hypergradient``.
+        Arguments and report are those of ``PenaltyBilevelOptimizer.check_hypergradient``. Where
+        ``step`` would raise ``AdjointError`` the report says why there is no estimate.
 
         Raises:
             ValueError: as ``upper_step``; or the lower level is a map.
-            AdjointError: as ``step``: there is no estimate to compare.
         """
         self._check_needs_no_steps("check_hypergradient")
         options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
