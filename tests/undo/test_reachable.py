@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from torch_penalty_bilevel.undo import reachable
 from torch_penalty_bilevel.undo.reachable import code_of, reached_by
 
 NET = nn.Linear(2, 2)
@@ -191,6 +192,38 @@ def test_the_package_of_the_closure_may_be_installed():
     assert reached_by(lambda: helper()).modules == [NET]  # which nobody installed
     helper.__module__ = "pytest.helpers"
     assert reached_by(lambda: helper()).modules == []
+
+
+def installed_trainer():
+    """A class, one of its methods and a function beside it, of an installed package."""
+
+    def helper():
+        return NET.weight.sum()
+
+    def weigh(self):
+        return helper()
+
+    helper.__module__ = weigh.__module__ = "pytest.helpers"
+    return type("Trainer", (), {"weigh": weigh, "__module__": "pytest.helpers"})()
+
+
+def test_methods_and_partials_are_at_home_in_the_package_of_their_function():
+    trainer = installed_trainer()
+    assert reached_by(trainer.weigh).modules == [NET]
+    assert reached_by(functools.partial(type(trainer).weigh, trainer)).modules == [NET]
+    assert reached_by(functools.partial(functools.partial(trainer.weigh))).modules == [NET]
+    assert reached_by(lambda: trainer.weigh()).modules == []  # another's
+
+
+def test_a_library_is_no_home():
+    inner = cell(NET)
+    inner.__module__ = "torch.nn.modules.module"
+    assert reached_by(inner).modules == []
+    other = nn.Linear(3, 3)
+    assert reached_by(other.__call__).modules == [other]
+    searched = reachable._Search(reachable._home(Trainer(NET).through_attribute))
+    searched.run(Trainer(NET).through_attribute, "closure")
+    assert not any(holder is vars(object) for _, holder in searched._holders)
 
 
 def test_compiled_parts_of_modules_are_seen():

@@ -23,6 +23,7 @@ _LONGEST = 100
 _MOST = 1_000
 _CLOSED = {"builtins", "torch", "numpy", "torch_penalty_bilevel"}  # objects that hold no modules
 _LIBRARIES = sys.stdlib_module_names | _CLOSED
+_NO_HOME = _LIBRARIES - {"torch_penalty_bilevel"}  # whose own problems are closures like any other
 _INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
 _UNFOLLOWED = (str, bytes, int, float, complex, type(None), types.BuiltinFunctionType)
 _Found: TypeAlias = tuple[Any, str]
@@ -51,7 +52,7 @@ class Reached(NamedTuple):
 
 def reached_by(function: Callable[..., Any]) -> Reached:
     """The modules and tensors that ``function`` can reach by name."""
-    search = _Search(_package(function))
+    search = _Search(_home(function))
     search.run(function, getattr(function, "__name__", type(function).__name__))
     return Reached(list(search.modules.values()), search.tensors, search.compiled_functions)
 
@@ -188,6 +189,16 @@ def _names_in(code: types.CodeType) -> frozenset[str]:
 def _inherited(kind: type, name: str) -> Any:
     """The attribute of a class as it is written there."""
     return next((vars(k)[name] for k in kind.__mro__ if name in vars(k)), None)
+
+
+def _home(function: Any) -> str:
+    """The package of the code behind a closure; none where that is Python's or torch's."""
+    if isinstance(function, types.MethodType):
+        return _home(function.__func__)
+    if isinstance(function, functools.partial):
+        return _home(function.func)
+    package = _package(function)
+    return "" if package in _NO_HOME else package
 
 
 def _package(value: Any) -> str:
