@@ -6,7 +6,7 @@ from tasks import Task
 from torch import nn
 from torch.optim import lr_scheduler
 
-from torch_penalty_bilevel import PenaltyBilevelOptimizer
+from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
 
 
 def test_is_an_optimizer_with_levels():
@@ -16,6 +16,7 @@ def test_is_an_optimizer_with_levels():
     assert isinstance(optimizer.upper, torch.optim.Adam)
     assert optimizer.param_groups[0] is optimizer.upper.param_groups[0]
     assert "level: lower" in repr(optimizer)
+    assert "bilevel" not in repr(optimizer)
 
 
 def test_parameters_may_come_in_every_form_of_torch_optim():
@@ -128,6 +129,17 @@ def test_half_steps_satisfy_a_scheduler():
         pytest.approx(0.0005),
         pytest.approx(0.0002),
     ]
+
+
+@pytest.mark.parametrize("half", ["lower_step", "upper_step"])
+@pytest.mark.parametrize("kind", [PenaltyBilevelOptimizer, HypergradientOptimizer])
+def test_either_half_alone_satisfies_a_scheduler(kind, half):
+    u, v = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = kind([u], [v], upper_lr=0.1, lower_lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    getattr(optimizer, half)(lambda: (v - 1).square().sum(), lambda: (v - u).square().sum())
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [pytest.approx(0.01)] * 2
 
 
 def test_hooks_on_the_rules_clip_and_hooks_on_the_whole_see_steps():

@@ -242,6 +242,7 @@ def test_step_takes_what_trainers_pass_on(way, kind):
 def test_what_one_level_trainers_call_is_refused(kind):
     run = Run(kind).steps(0)
     step, f, g = run.optimizer.step, run.f, run.g
+    told = r"needs two closures.*Lightning .*closure=f, lower_closure=g.*Accelerate .*\(\(f, g\)\)"
     for call in (
         lambda: step(),
         lambda: step(None),
@@ -251,7 +252,7 @@ def test_what_one_level_trainers_call_is_refused(kind):
         lambda: step((f, g, g)),
         lambda: step([f]),
     ):
-        with pytest.raises(TypeError, match=r"needs two closures.*closure=f, lower_closure=g"):
+        with pytest.raises(TypeError, match=told):
             call()
     with pytest.raises(TypeError, match="give one of them"):
         step(f, closure=f, lower_closure=g)

@@ -56,8 +56,9 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
             raise TypeError(
                 f"step needs two closures, step(upper_closure, lower_closure); {level}_closure is "
                 f"{type(closure).__name__}. Trainers that call step() or step(closure) by "
-                "themselves cannot drive a bilevel optimizer: use their manual mode, with "
-                "step(closure=f, lower_closure=g) or step((f, g))"
+                "themselves cannot drive a bilevel optimizer: call it yourself, through Lightning "
+                "(manual optimization) with step(closure=f, lower_closure=g), through Accelerate "
+                "with step((f, g))"
             )
 
 

@@ -235,7 +235,6 @@ class HypergradientOptimizer(RemembersAdjoint):
             losses, here = self._losses(upper_closure, lower_closure, guard), self._here()
             self._look(losses, here)
             loss = self._raise(losses, here, self._problem(losses, here), ())
-        self._opt_called = True  # schedulers warn unless step() was called; this stands for it
         return loss
 
     def check_hypergradient(

@@ -138,6 +138,7 @@ class TwoLevelMemory(TwoLevelOptimizer):
             self._put_back(remembered)
             self.curvature.unpack(engine)
             raise
+        self._opt_called = True  # schedulers warn unless step() was called; half a one will do
 
     def _engine_packed(self) -> dict[str, Any]:
         packed = self.curvature.packed()

@@ -244,7 +244,6 @@ class PenaltyBilevelOptimizer(RemembersDual):
             seen = self._evaluate(losses, for_upper=True)
             self._adjoint = self._merged(seen.evaluation.adjoint, seen.here)
             self._move_upper(seen)
-        self._opt_called = True  # schedulers warn unless step() was called; this stands for it
         return seen.evaluation.upper_loss
 
     def check_hypergradient(

@@ -101,6 +101,11 @@ class TwoLevelOptimizer(levels.Joined):
             held[parameter] = held.get(parameter) or {checkpoint.STATELESS: 1}
         return defaultdict(dict, held)
 
+    def __repr__(self) -> str:
+        lines = super().__repr__().split("\n")
+        # What torch's tools load into is empty between checkpoints.
+        return "\n".join(line for line in lines if line.strip() != f"{checkpoint.GROUP}: {{}}")
+
     def _begun(self, upper: Any, lower: Any, closure: Any) -> tuple[Any, Any] | None:
         """The closures of ``step``; None if torch's checkpoint tools called it, for the state."""
         if upper is lower is closure is None and self._completes_state():
