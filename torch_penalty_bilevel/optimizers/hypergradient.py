@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import curvature as engines
 from .. import levels
-from ..adapters import closures
+from ..adapters import closures, own_parts
 from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import Constraint, upper_projection
 from ..checks import self_check
@@ -164,6 +164,7 @@ class HypergradientOptimizer(RemembersAdjoint):
         self.warm_start = warm_start
         self.lower_is_map = bool(lower_is_map)
         self.curvature = engines.resolve(curvature)
+        own_parts.check_engine(self.curvature)
         self.reduce: Reduce = reduce or one_worker
         self.allow_unused = bool(allow_unused)
         self._restriction = upper_projection(upper_constraint, self.upper)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import curvature as engines
 from .. import levels, penalties
-from ..adapters import closures
+from ..adapters import closures, own_parts
 from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import ConstrainedLevels, Constraint
 from ..arguments import check_count
@@ -163,7 +163,11 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self.allow_unused = bool(allow_unused)
         self._sets = ConstrainedLevels(upper_constraint, lower_constraint, self.upper, self.lower)
         self._seen = None
-        self._dual = self.penalty.rule.start(tuple(levels.parameters(self.lower)))
+        own_parts.check_engine(self.curvature)
+        own_parts.check_penalty(self.penalty, self.curvature)
+        beginning = tuple(levels.parameters(self.lower))
+        self._dual = self.penalty.rule.start(beginning)
+        own_parts.check_state(self.penalty.rule, self._dual, beginning, "start")
         self._sets.check_penalty(self.penalty, self._dual)
         rules.check(self.lower, "lower", self._lower_is_map())
         self._adjoint = self._dual.multiplier

@@ -23,15 +23,22 @@ _BY_NAME: dict[str, Callable[[], Penalty]] = {
     "fixed_point": FixedPoint,
 }
 
+_ASKED = ("name", "lower_is_map", "takes_lower_constraints", "rule")
+
 
 def resolve(penalty: str | Penalty, curvature: Curvature) -> Penalty:
     """The penalty behind a name, or the penalty itself, if the engine can serve it.
 
     Raises:
         ValueError: no penalty has this name, or the engine cannot form its products.
-        TypeError: not a penalty.
+        TypeError: not a penalty, or not all of one.
     """
     formulation = chosen("penalty", penalty, _BY_NAME, "evaluate", "Stationarity()")
+    if missing := [name for name in _ASKED if not hasattr(formulation, name)]:
+        raise TypeError(
+            f"penalty={type(formulation).__name__} lacks {missing}; see penalties.Penalty, which "
+            "says what each is"
+        )
     if formulation.lower_is_map and not isinstance(curvature, MapCurvature):
         raise ValueError(refusal(curvature))
     return formulation
