@@ -15,7 +15,7 @@ from torch_penalty_bilevel import (
     PenaltyBilevelOptimizer,
     Stationarity,
 )
-from torch_penalty_bilevel.curvature import Curvature, Linearised
+from torch_penalty_bilevel.curvature import Curvature
 from torch_penalty_bilevel.multipliers import DualState, MultiplierRule
 from torch_penalty_bilevel.tensors import OptionalPair, Tensors
 
@@ -273,4 +273,3 @@ def test_built_in_parts_are_not_tried(monkeypatch):
     for name in ("stationarity", "value"):
         built(penalty=name)
     assert isinstance(built(penalty="paper")._dual, DualState)
-    assert Linearised._fields[:3] == ("loss", "residual", "product")
