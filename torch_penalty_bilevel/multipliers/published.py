@@ -13,11 +13,12 @@ from ..evaluation import Evaluation, Norms
 from ..tensors import Tensors, axpy, norm
 from .protocol import MultiplierRule
 from .state import DualState
-from .watch import Watch
+from .watch import REMEDY, Watch
 
 # A multiplier that moves by a test may never move. By then v has settled, and q with it.
 _PATIENCE = 1000
 _LITTLE_WORTH = 0.5
+_FEW_ADVANCES = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ class EpsilonTest(MultiplierRule):
         self, state: EpsilonTestState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, EpsilonTestState]:
         seen = state.watch.seen(norms, state.steps)
-        watch = seen.looked_at(norms, state.steps, _LITTLE_WORTH, _PATIENCE)
+        watch = seen.looked_at(norms, state.steps, _LITTLE_WORTH, _PATIENCE, self._remedy(state))
         direction = self._lower_direction(state, evaluation)
         return direction, state.but(watch=watch, steps=state.steps + 1)
 
@@ -114,6 +115,15 @@ class EpsilonTest(MultiplierRule):
             weight=state.weight * self.growth,
             damping=state.damping * self.decay,
             tolerance=state.tolerance * self.decay,
+        )
+
+    def _remedy(self, state: EpsilonTestState) -> str:
+        if state.weight >= self.growth**_FEW_ADVANCES * self.weight:
+            return REMEDY
+        return (
+            f"The weight is {state.weight:.2g} and began at {self.weight:.2g}: it and the "
+            "multiplier move only where both gradients are below the tolerance; raise "
+            "EpsilonTest(tolerance=...), or begin with a larger weight"
         )
 
     @staticmethod

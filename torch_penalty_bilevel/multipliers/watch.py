@@ -23,6 +23,8 @@ from .averages import average
 SUSPICIOUS = 10.0
 """The ratio from which a multiplier that moves in every step is reported."""
 
+REMEDY = "Lower the learning rate of the upper level, take more lower_steps or larger batches"
+
 _HOPELESS = 1000.0
 _RECOVERED = 0.2  # of the limit: below it the next trouble is another one, and reported again
 _NEGLIGIBLE = 1e-3  # of what grad_v f has been
@@ -54,7 +56,12 @@ class Watch:
         return Watch(adjoint, slope, held, self.warned, self.restarts)
 
     def looked_at(
-        self, norms: Norms, steps: int, limit: float = SUSPICIOUS, patience: int = _PATIENCE
+        self,
+        norms: Norms,
+        steps: int,
+        limit: float = SUSPICIOUS,
+        patience: int = _PATIENCE,
+        remedy: str = REMEDY,
     ) -> Watch:
         """After a look; warns once per trouble if the ratio has long been above a limit."""
         if self.ratio < _RECOVERED * limit:
@@ -65,8 +72,7 @@ class Watch:
         warn(
             f"||grad_v f + H q|| has been {self.ratio:.2g} times ||grad_v f|| on average over the "
             f"last 100 lower steps (step {steps}), and q = 0 has 1: the hypergradient is not to be "
-            "trusted. Lower the learning rate of the upper level, take more lower_steps or larger "
-            "batches; optimizer.check_hypergradient(...) looks for the cause"
+            f"trusted. {remedy}; optimizer.check_hypergradient(...) looks for the cause"
         )
         return replace(self, warned=True)
 
