@@ -59,6 +59,8 @@ def test_optimizer_signature():
         "upper_lr": None,
         "lower_lr": None,
         "lower_steps": 1,
+        "certificate_tolerance": 0.05,
+        "max_lower_steps": 100,
         "warmup_steps": 0,
         "penalty": "stationarity",
         "curvature": "auto",

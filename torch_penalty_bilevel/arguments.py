@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -43,3 +44,14 @@ def check_count(name: str, value: Any, at_least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+
+
+def check_waiting(lower_steps: Any, certificate_tolerance: Any, max_lower_steps: Any) -> None:
+    """Raise unless these say how many lower steps an upper one waits for."""
+    if isinstance(lower_steps, str) and lower_steps != "auto":
+        raise ValueError(f'lower_steps must be an integer >= 1 or "auto", got {lower_steps!r}')
+    if lower_steps != "auto":
+        check_count("lower_steps", lower_steps, at_least=1)
+    check_count("max_lower_steps", max_lower_steps, at_least=1)
+    if not 0 < certificate_tolerance < math.inf:
+        raise ValueError(f"certificate_tolerance must be > 0, got {certificate_tolerance}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Metrics:
     """||r||_2, r = grad_v g(u, v) or v - Phi(u, v): how far v is from a lower solution."""
     adjoint_residual_norm: Tensor
     """||grad_v f + H q||_2, the certificate: how far q is from the exact adjoint."""
+    relative_certificate: Tensor
+    """||grad_v f + H q||_2 / ||grad_v f||_2: 0 at the exact adjoint, 1 at q = 0; NaN where
+    grad_v f = 0."""
     upper_grad_norm: Tensor
     """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate; NaN after a mere
     ``lower_step``, which has no use for it."""
@@ -52,17 +56,19 @@ class Metrics:
             [
                 norms.residual,
                 norms.adjoint_residual,
+                norms.adjoint_residual / norms.slope if norms.slope > 0 else math.nan,
                 norms.upper_grad,
                 *weights,
             ],
             dtype=torch.float64,
         )
-        residual, adjoint_residual, upper_grad, weight, damping = numbers.unbind()
+        residual, adjoint_residual, relative, upper_grad, weight, damping = numbers.unbind()
         return cls(
             upper_loss,
             lower_loss,
             residual,
             adjoint_residual,
+            relative,
             upper_grad,
             weight,
             damping,
@@ -73,4 +79,8 @@ class Metrics:
     def unknown(cls) -> Metrics:
         """Before the first step."""
         nan = torch.tensor(float("nan"))
-        return cls(nan, nan, nan, nan, nan, nan, nan, 0)
+        return cls(nan, nan, nan, nan, nan, nan, nan, nan, 0)
+
+    def as_dict(self) -> dict[str, float]:
+        """By name, as Python numbers, for loggers; waits for the device."""
+        return {field.name: float(getattr(self, field.name)) for field in fields(self)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .. import levels, penalties
 from ..adapters import closures, own_parts
 from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import ConstrainedLevels, Constraint
-from ..arguments import check_count
+from ..arguments import check_count, check_waiting
 from ..checks import self_check
 from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch, zeros_in_a_row
@@ -81,7 +81,11 @@ class PenaltyBilevelOptimizer(RemembersDual):
         lower: the lower parameters v, likewise.
         upper_lr: learning rate where an upper group names none (default: 1e-3).
         lower_lr: the same for the lower level (default: 1e-3).
-        lower_steps: v-steps before each u-step in ``step``.
+        lower_steps: v-steps before each u-step in ``step``; ``"auto"``: until the certificate
+            ||grad_v f + H q|| is at most ``certificate_tolerance`` of ||grad_v f||, so that u waits
+            for v and q. With minibatches their noise is in it: then choose a number.
+        certificate_tolerance: for ``lower_steps="auto"``.
+        max_lower_steps: of ``"auto"``, per call.
         warmup_steps: ``step`` moves v and the multiplier only, until the certificate
             ||grad_v f + H q|| is at most half of ||grad_v f||, what it is at q = 0; for at most so
             many calls (minibatch noise may keep it above).
@@ -120,6 +124,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
     _fields = (
         *RemembersDual._fields,
         "lower_steps",
+        "certificate_tolerance",
+        "max_lower_steps",
         "warmup_steps",
         "penalty",
         "curvature",
@@ -141,7 +147,9 @@ class PenaltyBilevelOptimizer(RemembersDual):
         *,
         upper_lr: float | None = None,
         lower_lr: float | None = None,
-        lower_steps: int = 1,
+        lower_steps: int | Literal["auto"] = 1,
+        certificate_tolerance: float = 0.05,
+        max_lower_steps: int = 100,
         warmup_steps: int = 0,
         penalty: str | Penalty = "stationarity",
         curvature: str | Curvature = "auto",
@@ -150,12 +158,14 @@ class PenaltyBilevelOptimizer(RemembersDual):
         upper_constraint: Constraint | Sequence[Constraint] | None = None,
         lower_constraint: Constraint | Sequence[Constraint] | None = None,
     ) -> None:
-        check_count("lower_steps", lower_steps, at_least=1)
+        check_waiting(lower_steps, certificate_tolerance, max_lower_steps)
         check_count("warmup_steps", warmup_steps, at_least=0)
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
         self._build(upper, lower, upper_lr, lower_lr)
-        self.lower_steps = lower_steps
+        self.lower_steps: int | Literal["auto"] = lower_steps
+        self.certificate_tolerance = certificate_tolerance
+        self.max_lower_steps = max_lower_steps
         self.warmup_steps = warmup_steps
         self.curvature = engines.resolve(curvature, weighs_costs=True)
         self.penalty = penalties.resolve(penalty, self.curvature)
@@ -172,6 +182,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         rules.check(self.lower, "lower", self._lower_is_map())
         self._adjoint = self._dual.multiplier
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
+        self._counts["certified"] = False  # by the last evaluation
         self._dependence = DependenceWatch()
         self._zeros_in_a_row = 0
 
@@ -223,10 +234,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         one_evaluation = shared and self.lower_steps == 1
         with self._undone([] if one_evaluation else [self.lower]) as guard:
             losses = self._losses(*both, guard)
-            for _ in range(self.lower_steps - 1):
-                self._move_lower(self._evaluate(losses, for_upper=False))
-            seen = self._evaluate(losses, for_upper=shared)
-            self._move_lower(seen)
+            seen = self._descend(losses, shared)
             if not shared:
                 seen = self._evaluate(losses, for_upper=True)
                 self._adjoint = self._merged(seen.evaluation.adjoint, seen.here)
@@ -294,6 +302,22 @@ class PenaltyBilevelOptimizer(RemembersDual):
         """What the last evaluation saw; made when asked for, as most steps are not."""
         return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
 
+    def _descend(self, losses: Losses, shared: bool) -> Seen:
+        """The lower steps of one call.
+
+        Where the last evaluation serves u, ``"auto"`` asks for its derivatives once the
+        evaluation before was certified: those of the others would be for nothing.
+        """
+        waits = self.lower_steps == "auto"
+        left = self.max_lower_steps if self.lower_steps == "auto" else self.lower_steps
+        while True:
+            serves = left == 1 or (waits and bool(self._counts["certified"]))
+            seen = self._evaluate(losses, for_upper=shared and serves)
+            self._move_lower(seen)
+            left -= 1
+            if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
+                return seen
+
     def _move_lower(self, seen: Seen) -> None:
         evaluation, norms, here, moving = seen
         rule, lower = self.penalty.rule, here.at.lower
@@ -359,6 +383,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
             self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
+        certificate = norms.adjoint_residual - self.certificate_tolerance * norms.slope
+        self._counts["certified"] = certificate <= 0 or norms.slope == 0  # f asks for nothing there
         self._counts["gradient_evaluations"] += evaluation.cost
         cost = self._counts["gradient_evaluations"]
         weights = dual.weight, dual.damping

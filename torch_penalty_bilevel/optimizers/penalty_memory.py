@@ -123,7 +123,7 @@ class RemembersDual(TwoLevelMemory):
         self._dual = self._sets.check(held, self._dual).unpacked(own)
         self._sets.load(held, levels.parameters(self.upper)[0].device)
         self._adjoint = placed(own["adjoint"], self._dual.multiplier)
-        self._counts = {name: own[name] for name in self._counts}
+        self._counts = {name: own.get(name, 0) for name in self._counts}
         self._unpack_engine(own.get("engine", {}))
 
 

@@ -1,0 +1,165 @@
+"""``lower_steps="auto"``: u waits until the certificate is small."""
+
+import copy
+
+import pytest
+import torch
+from stepping import build, closures, quadratic_f, quadratic_g, start
+
+from torch_penalty_bilevel import PenaltyBilevelOptimizer
+
+
+class Waiting:
+    """An optimizer that counts calls of g, and of g with a differentiable u."""
+
+    def __init__(self, **options):
+        self.u, self.v, self.optimizer = build(*start(), upper_lr=0.02, lower_lr=0.05, **options)
+        self.evaluations = 0
+
+    def f(self):
+        return quadratic_f(self.u, self.v)
+
+    def g(self):
+        self.evaluations += 1
+        return quadratic_g(self.u, self.v)
+
+    def step(self):
+        """Evaluations of the step, and the relative certificate at its end."""
+        before, at = self.evaluations, self.u.detach().clone()
+        self.optimizer.step(self.f, self.g)
+        assert not torch.equal(self.u, at)  # each call moves u once
+        return self.evaluations - before, float(self.optimizer.metrics.relative_certificate)
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.05, 1e-3])
+def test_u_moves_where_the_certificate_allows_it(tolerance):
+    run = Waiting(lower_steps="auto", certificate_tolerance=tolerance, curvature="double_backward")
+    run.step()  # the first looks at what the losses depend on, too
+    for _ in range(30):
+        _, relative = run.step()
+        assert relative <= tolerance
+
+
+def test_a_smaller_tolerance_waits_longer_and_ends_nearer_to_the_exact_hypergradient():
+    runs = [
+        Waiting(lower_steps="auto", certificate_tolerance=t, curvature="double_backward")
+        for t in (0.5, 1e-3)
+    ]
+    for run in runs:
+        for _ in range(20):
+            run.step()
+    assert runs[0].evaluations < runs[1].evaluations
+
+
+def test_only_the_evaluation_that_serves_u_is_differentiated_for_it(monkeypatch):
+    """The last one; the first, too, where the call before ended certified."""
+    run = Waiting(lower_steps="auto", certificate_tolerance=1e-3, curvature="double_backward")
+    run.step()
+    plain, asked = run.optimizer._evaluate, []
+
+    def evaluate(losses, for_upper):
+        asked.append(for_upper)
+        return plain(losses, for_upper=for_upper)
+
+    monkeypatch.setattr(run.optimizer, "_evaluate", evaluate)
+    for _ in range(10):
+        asked.clear()
+        run.step()
+        assert asked[-1]
+        assert sum(asked) <= 0.5 * len(asked)
+
+
+def test_it_gives_up_at_the_most_lower_steps():
+    run = Waiting(
+        lower_steps="auto",
+        certificate_tolerance=1e-14,
+        max_lower_steps=7,
+        curvature="double_backward",
+    )
+    run.step()
+    assert [run.step()[0] for _ in range(3)] == [7, 7, 7]
+
+
+def test_where_nothing_has_to_be_waited_for_a_step_is_one_evaluation():
+    """The certificate of the evaluation before says that this one may serve u at once."""
+    run = Waiting(lower_steps="auto", certificate_tolerance=1e3, curvature="double_backward")
+    run.step()
+    assert [run.step()[0] for _ in range(3)] == [1, 1, 1]
+
+
+def test_where_f_asks_for_nothing_there_is_nothing_to_wait_for():
+    """A multiplier of before is still there, and H q as far from 0 as it was."""
+    u, v = torch.ones(1, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_steps="auto", curvature="double_backward")
+    calls, active = 0, 1.0
+
+    def g():
+        nonlocal calls
+        calls += 1
+        return (torch.tensor([1.0, 1e-3]) * (v - u).square()).sum()
+
+    def f():
+        return (u**2).sum() + active * v.sum()
+
+    for _ in range(5):
+        optimizer.step(f, g)
+    calls, active = 0, 0.0
+    for _ in range(5):
+        optimizer.step(f, g)
+    assert optimizer.adjoint[0].any()
+    assert calls <= 6
+
+
+@pytest.mark.parametrize("penalty", ["stationarity", "paper", "value"])
+def test_a_resumed_run_is_bit_equal(penalty):
+    options = {"lower_steps": "auto", "max_lower_steps": 9, "penalty": penalty}
+    run = Waiting(**options)
+    for _ in range(7):
+        run.step()
+    other = Waiting(**options)
+    with torch.no_grad():
+        other.u.copy_(run.u)
+        other.v.copy_(run.v)
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    # A new optimizer looks at its closures first: the first step may call them more often.
+    assert run.step()[1] == other.step()[1]
+    assert [run.step() for _ in range(5)] == [other.step() for _ in range(5)]
+    assert torch.equal(run.u, other.u)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lower_steps": "often"}, "must be an integer >= 1 or \"auto\", got 'often'"),
+        ({"lower_steps": 0}, "must be an integer >= 1, got 0"),
+        ({"lower_steps": "auto", "certificate_tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
+        ({"lower_steps": "auto", "max_lower_steps": 0}, "max_lower_steps must be an integer >= 1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(*start(), **options)
+
+
+def test_the_relative_certificate_is_that_of_the_exact_derivatives():
+    u, v, optimizer = build(*start(), upper_lr=0.02, lower_lr=0.02)
+    for _ in range(5):
+        optimizer.lower_step(*closures("quadratic", u, v, "auto"))
+    (nu,), at = optimizer.adjoint, (u.detach(), v.detach().clone())
+    optimizer.lower_step(*closures("quadratic", u, v, "auto"))
+    slope = torch.func.grad(quadratic_f, 1)(*at)
+    product = torch.func.hessian(quadratic_g, 1)(*at) @ nu
+    expected = (slope + product).norm() / slope.norm()
+    torch.testing.assert_close(optimizer.metrics.relative_certificate, expected)
+
+
+def test_metrics_as_numbers():
+    u, v, optimizer = build(*start())
+    unknown = optimizer.metrics.as_dict()
+    assert unknown.pop("gradient_evaluations") == 0
+    assert all(value != value for value in unknown.values())
+    optimizer.step(*closures("quadratic", u, v, "auto"))
+    found = optimizer.metrics.as_dict()
+    assert found["upper_loss"] == float(optimizer.metrics.upper_loss)
+    assert found["relative_certificate"] == pytest.approx(1.0)  # q = 0
+    assert all(type(value) is float for value in found.values())
