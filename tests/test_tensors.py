@@ -170,3 +170,20 @@ def test_what_is_placed_or_relocated_is_a_copy() -> None:
     assert moments["name"] == "x"
     for copy in (placed, moments["exp_avg"]):
         assert copy.data_ptr() != A[0].data_ptr()
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (40_000, 7), (70_001,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_holds_all_inner_products(sizes, dtype):
+    """Small vectors as one piece, large ones cut; against inner products in float64."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [
+        tuple(torch.randn(n, generator=generator).to(dtype).reshape(-1, 1) for n in sizes)
+        for _ in range(3)
+    ]
+    whole = [torch.cat([t.reshape(-1).double() for t in v]) for v in vectors]
+    expected = torch.tensor([[float(a @ b) for b in whole] for a in whole], dtype=F64)
+    found = T.gram(vectors).double()
+    atol = 1e-2 if dtype == torch.float32 else 1e-9  # rounding of sums of 70,001 products
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol, check_dtype=False)
+    assert T.gram([(), ()]).tolist() == [[0.0, 0.0], [0.0, 0.0]]

@@ -19,7 +19,7 @@ from torch_penalty_bilevel.checks.suspicions import DependenceWatch
 from torch_penalty_bilevel.constraints import Ball, Box, Inequality
 from torch_penalty_bilevel.levels.trial_step import stepped
 from torch_penalty_bilevel.multipliers import LeastSquares
-from torch_penalty_bilevel.multipliers.least_squares import LeastSquaresState
+from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState
 from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.tensors import Pair
 

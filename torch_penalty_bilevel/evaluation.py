@@ -17,6 +17,17 @@ _RESIDUAL, _PULL = "residual grad_v g", "tracker residual grad_v g(u, z)"
 _SLOPE, _PRODUCT = "upper slope grad_v f", "second-order product H q"
 
 
+class Subspace(NamedTuple):
+    """Directions b_i of lower vectors with known images w_i = H b_i."""
+
+    basis: tuple[Tensors, ...]
+    """b_i."""
+    images: tuple[Tensors, ...]
+    """w_i."""
+    inner_products: Tensor
+    """Of all b_i, then all w_i, then a, with each other: a square matrix."""
+
+
 class Evaluation(NamedTuple):
     """Everything one step needs, at one point (u, v) and for one adjoint estimate q."""
 
@@ -42,6 +53,10 @@ class Evaluation(NamedTuple):
     """Gradient evaluations, a second-order product counting as one or two."""
     curvature_terms: Tensors = ()
     """<q_i, (H q)_i> of each lower tensor, 0-d; together the curvature <q, H q>."""
+    product: Tensors = ()
+    """H q."""
+    subspace: Subspace | None = None
+    """Where the multiplier rule wants to correct q; None if it does not."""
     tracker: Tensors = ()
     """z, a second lower point; empty where the penalty keeps none."""
     tracker_loss: Tensors = ()
@@ -73,6 +88,8 @@ class Norms(NamedTuple):
     """||z||; 0 without z."""
     silent: tuple[bool, ...] = ()
     """For each lower tensor: are r, grad_v f and H q exactly zero, as where no loss uses it?"""
+    inner_products: tuple[float, ...] = ()
+    """Of ``evaluation.subspace``, row by row; not looked at for infinities."""
 
     def heard(self, gradients: Tensors) -> OptionalTensors:
         """None in the place of silent ones, so that the rule's momentum and decay wait too.
@@ -100,7 +117,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
     """
     upper = {n: g for n, g in zip(names, evaluation.upper_grad, strict=True) if g is not None}
     # In the order in which they are found: the first that is not finite is named.
-    numbers = _on_host(
+    numbers, inner_products = _on_host(
         {
             "upper loss f": (evaluation.upper_loss,),
             "lower loss g": (evaluation.lower_loss,),
@@ -115,7 +132,8 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
             "curvature probe H p": evaluation.probe_product,
             "curvature <q, H q>": evaluation.curvature_terms,
             **{f"hypergradient of {n!r}": (g,) for n, g in upper.items()},
-        }
+        },
+        () if evaluation.subspace is None else (evaluation.subspace.inner_products,),
     )
     curvature = sum(numbers["curvature <q, H q>"])
     totals = {label: math.hypot(*parts) for label, parts in numbers.items()}
@@ -142,6 +160,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         curvature,
         tracker,
         silent=_silent(numbers),
+        inner_products=inner_products,
     )
 
 
@@ -150,12 +169,22 @@ def _silent(numbers: dict[str, list[float]]) -> tuple[bool, ...]:
     return tuple(not any(lengths) for lengths in zip(*vectors, strict=True))
 
 
-def _on_host(blocks: dict[str, Tensors]) -> dict[str, list[float]]:
-    """Each block's 0-d tensors and norms of vectors as numbers, with one transfer for all."""
+def _on_host(
+    blocks: dict[str, Tensors], matrices: Tensors
+) -> tuple[dict[str, list[float]], tuple[float, ...]]:
+    """Each block's 0-d tensors and norms of vectors, and the entries of ``matrices``, as numbers.
+
+    One transfer for all.
+    """
     flat = [t for block in blocks.values() for t in block]
     lengths = iter(norms([t for t in flat if t.dim() > 0]))
     flat = [next(lengths) if t.dim() > 0 else t for t in flat]
     if len({(t.device, t.dtype) for t in flat}) > 1:
         flat = [t.to(flat[0].device, torch.float64) for t in flat]
-    numbers = iter(torch.stack(flat).tolist())
-    return {label: [next(numbers) for _ in block] for label, block in blocks.items()}
+    found = torch.stack(flat)
+    if matrices:
+        wide = found.to(matrices[0].dtype)
+        found = torch.cat([wide, *(m.to(wide).reshape(-1) for m in matrices)])
+    numbers = iter(found.tolist())
+    named = {label: [next(numbers) for _ in block] for label, block in blocks.items()}
+    return named, tuple(numbers)

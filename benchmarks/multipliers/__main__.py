@@ -56,6 +56,7 @@ from torch_penalty_bilevel.multipliers import MultiplierRule
 RULES: dict[str, Callable[[], MultiplierRule]] = {
     "default": LeastSquares,
     "share=0": lambda: LeastSquares(share=0.0),
+    "no correction": lambda: LeastSquares(subspace=False),
     "heavy_ball": rules.HeavyBall,
     "nesterov": rules.Nesterov,
     "bb_long": rules.BarzilaiBorwein,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_penalty_bilevel import LeastSquares
 from torch_penalty_bilevel.evaluation import Evaluation, Norms
 from torch_penalty_bilevel.multipliers import DualState, MultiplierRule
-from torch_penalty_bilevel.multipliers.least_squares import LeastSquaresState
+from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState
 from torch_penalty_bilevel.tensors import Tensors, axpy
 
 
@@ -31,6 +31,9 @@ def shaped(vector: Tensor, like: Tensors) -> Tensors:
 
 class Stepped(LeastSquares):
     """The default with another step of nu; the way of v, L, the guard and the watch stay."""
+
+    def __init__(self) -> None:
+        super().__init__(subspace=False)
 
     def forget(self) -> None:
         """Nu starts again at zero."""

@@ -101,7 +101,13 @@ def _methods() -> dict[str, Method]:
     methods = methods_of(GRID, curvature="double_backward")
     default = methods.pop("penalty (default)")
     unpulled = partial(default.start, penalty=Stationarity(LeastSquares(share=0.0)))
-    ours = {"penalty (default)": default, "penalty, no pull": default._replace(start=unpulled)}
+    waiting = default._replace(lower_steps=(1,))  # counted by the optimizer
+    ours = {
+        "penalty (default)": default,
+        "penalty, no pull": default._replace(start=unpulled),
+        "penalty, waiting": waiting._replace(start=partial(default.start, lower_steps="auto")),
+        "penalty, waiting, no pull": waiting._replace(start=partial(unpulled, lower_steps="auto")),
+    }
     return ours | methods
 
 

@@ -111,6 +111,8 @@ def multiplier(problem: Quadratic, name: str, rule: LeastSquares, steps: int, lr
 def one_loop(kappa: float = KAPPA, weight: float = 1000.0) -> Iterable[Curve]:
     r"""Penalties against lower steps: the multiplier goes on converging, the value gap stops.
 
+    The multiplier without its correction, whose gain is no linear recursion.
+
     The errors of v and of the multiplier follow a linear recursion, with the pull w and the
     curvature L that the rule measures. With w = 0 its radius is that of the slower of both,
     usually 1 - mu/L of the multiplier. The pull couples them, and is slow to fade where v starts
@@ -120,8 +122,9 @@ def one_loop(kappa: float = KAPPA, weight: float = 1000.0) -> Iterable[Curve]:
     problem = Quadratic(kappa, 20)
     lr = 4 / 3 / problem.L
     steps = int(math.log(1e-9) / math.log(1 - problem.mu / problem.L))
-    yield multiplier(problem, "multiplier (default)", LeastSquares(), steps, lr)
-    yield multiplier(problem, "multiplier, share=0", LeastSquares(share=0.0), steps, lr)
+    plain, unpulled = LeastSquares(subspace=False), LeastSquares(share=0.0, subspace=False)
+    yield multiplier(problem, "multiplier", plain, steps, lr)
+    yield multiplier(problem, "multiplier, share=0", unpulled, steps, lr)
 
     # gamma (v - z) moves as the adjoint would by fixed-point steps, with grad_v f at v_t.
     q, start, size = 1 - problem.mu * lr, problem.lower_error(0), float(problem.adjoint.norm())

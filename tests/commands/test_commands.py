@@ -43,6 +43,7 @@ def test_help_says_how_to_call_it(nursery, command, tmp_path):
 
 DATA = ROOT.parent / "shared" / "data"
 SMALL = {
+    "benchmarks.adjoint": "--products 3 --seeds 1",
     "benchmarks.cleaning": "--problems digits --factors 1 --output {}/runs.jsonl",
     "benchmarks.compiled": "--widths 16 --rounds 1 --backend aot_eager",
     "benchmarks.condition": "--kappas 10 --seeds 1 --limit 20 --picture {}/picture.png",

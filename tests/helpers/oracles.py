@@ -4,6 +4,7 @@ One upper tensor u, one lower tensor v, losses as functions f(u, v) and g(u, v).
 shared with the package: derivatives come from torch.func.hessian and jacrev, Adam from its paper.
 """
 
+import itertools
 import math
 
 import torch
@@ -49,6 +50,8 @@ class LeastSquaresTwin:
         self.nu, self.k, self.L, self.p = torch.zeros_like(v), 0, 0.0, None
         self.R = self.A = self.S = self.w = self.C = self.N = self.kappa = 0.0
         self.probed = self.D = self.held = 0.0
+        self.missed = self.at_stake = 0.3
+        self.past, self.gains, self.idle, self.told = [], [], 0, None
 
     def step(self):
         for _ in range(self.T):
@@ -80,9 +83,51 @@ class LeastSquaresTwin:
             self.N = 0.9 * self.N + 0.1 * float(self.nu @ self.nu)
             self.kappa = max(0.99 * self.kappa, -self.C / self.N if self.N > 0 else 0.0)
             mu = self.ridge * self.L + 2 * self.kappa
-            self.nu = self.nu - (a + mu * self.nu) / (self.L + mu)
+            self.nu = self.moved(Hnu + mu * self.nu, a + mu * self.nu, self.L + mu)
             self.k += 1
         self.u = self.upper(self.u, self.upper_grad)
+
+    def moved(self, Hnu, a, L):
+        """Galerkin in the span V of the last three nu, from images remembered under today's mu."""
+        if self.idle >= 20 and self.k % 100 < 90:
+            self.idle, self.told = self.idle + 1, None
+            return self.nu - a / L
+        mu = self.ridge * self.L + 2 * self.kappa
+        image = Hnu - mu * self.nu
+        self.past = [(self.nu, image), *self.past][:4]
+        points = [p for p, _ in self.past]
+        images = [w + mu * p for p, w in self.past]
+        B = torch.stack([points[0], *(p - q for p, q in itertools.pairwise(points[:3]))], 1)
+        W = torch.stack([images[0], *(p - q for p, q in itertools.pairwise(images[:3]))], 1)
+        if self.told:  # what was foretold of the span of nu_-1 and nu_-1 - nu_-2
+            P, before, told, square = self.told
+            square += float(a @ a)
+            self.missed = 0.9 * self.missed + 0.1 * within(P, P.T @ a - told) / square
+            self.at_stake = 0.9 * self.at_stake + 0.1 * within(P, before) / square
+        gain = max(0.0, 1 - self.missed / self.at_stake) if self.at_stake > 0 else 0.0
+        self.idle = 0 if self.told and gain > 0.05 else self.idle + 1
+        lengths = B.norm(dim=0)
+        B, W, lengths = (M[..., lengths > 0] for M in (B, W, lengths))
+        U, S, Z = torch.linalg.svd(B / lengths, full_matrices=False)
+        V, HV = U[:, S**2 > 1e-5], (W / lengths @ Z.T / S)[:, S**2 > 1e-5]
+        error = float((V.T @ HV - HV.T @ V).norm()) / 2
+        theta, E = torch.linalg.eigh((V.T @ HV + HV.T @ V) / 2)
+        kept = theta > max(1e-3 * L, 2 * error)
+        V, HV, theta = (M[..., kept] for M in (V @ E, HV @ E, theta))
+        c = -gain * (V.T @ a) / theta
+        after = a + HV @ c
+        P, HP = B[:, :2], W[:, :2]
+        self.told = P, P.T @ a, P.T @ after - HP.T @ after / L, float(a @ a)
+        self.gains.append(gain)
+        return self.nu + V @ c - after / L
+
+
+def within(P, along):
+    """||projection on the span of P||^2 of a vector x with P' x = along."""
+    R = torch.linalg.qr(P).R
+    apart = P.shape[1] < 2 or float(R[1, 1]) ** 2 > 1e-5 * float(P[:, 1] @ P[:, 1])
+    kept = slice(0, 2 if apart else 1)
+    return float(torch.linalg.solve(R[kept, kept].T, along[kept]).square().sum())
 
 
 def map_derivatives(f, phi, u, v):
@@ -97,6 +142,9 @@ class FixedPointTwin(LeastSquaresTwin):
     """The same rule with r' in the place of H and L >= 1; here g is the map."""
 
     derivatives, least_curvature = staticmethod(map_derivatives), 1.0
+
+    def moved(self, Hnu, a, L):
+        return self.nu - a / L
 
 
 class ValueGapTwin:

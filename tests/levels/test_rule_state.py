@@ -185,7 +185,7 @@ def test_what_a_rule_does_not_say_has_a_harmless_default():
     state = rule.start((torch.zeros(2),))
     assert rule.shift(state) == 0.0  # nu solves the plain adjoint equation
     assert rule.curvature_bound(state) is None
-    assert rule.bounded_below(1.0) is rule
+    assert rule.for_maps() is rule
     assert rule.upper_update(state, None, None) is state
     assert rule.follow(state, None, None) is state
     assert not rule.probes(state)

@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 
-from ..evaluation import Evaluation, Norms
+from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
 from .averages import average, ratio
+from .least_squares_state import LeastSquaresState, SubspaceState
 from .protocol import MultiplierRule
-from .state import DIRECTION, DualState, along
+from .subspace import Past, Products, corrected, correction, expecting, judged
 from .watch import Watch
 
-
-@dataclass(frozen=True, eq=False)
-class LeastSquaresState(DualState):
-    """What ``LeastSquares`` remembers."""
-
-    probe: Tensors = along(DIRECTION)
-    """The direction of the power iteration."""
-    pull: float = 0.0
-    """w."""
-    curvature: float = 0.0
-    """L."""
-    probed: float = 0.0
-    """||H p|| of the last probe p; 0: none has seen curvature."""
-    residual_square: float = 0.0
-    """Mean square of ||r||."""
-    length: float = 0.0
-    """D."""
-    signed_curvature: float = 0.0
-    """Mean of <nu, H nu>."""
-    multiplier_square: float = 0.0
-    """Mean square of ||nu||."""
-    indefinite: float = 0.0
-    """kappa."""
-    watch: Watch = Watch()
+_LARGEST_SUBSPACE = 10**7
+"""Numbers in v up to which the correction is made where nobody says."""
 
 
 class LeastSquares(MultiplierRule):
@@ -54,6 +32,10 @@ class LeastSquares(MultiplierRule):
     r = 0 and a = 0 at the end for any lambda > 0 and w >= 0 (with ridge 0): nothing has to grow or
     vanish, and nu is then exactly -H^{-1} grad_v f. There is no ||r||^2 term (gamma = 0): nu does
     not depend on the batch at hand, so the upper gradient is unbiased under minibatches.
+
+    To this step comes a Galerkin correction in the span of the latest three multipliers, whose
+    products with H are known: conjugate gradients where v stands still, nothing where batches make
+    it worthless, as its own forecasts tell (``multipliers/subspace.py``).
 
     L bounds ||H||_2: the running maximum of ||H q|| / ||q|| and of a power iteration that costs one
     more product in the first 10 lower steps, in every 20th after, and in every step in which its
@@ -95,6 +77,9 @@ class LeastSquares(MultiplierRule):
         ridge: mu / L >= 0. With mu > 0, nu solves (H + mu I) nu = -grad_v f: a biased adjoint that
             does not follow the upper loss into the flat directions of g. Use it where the
             upper loss has few data, as one would regularise any least-squares fit.
+        subspace: is the correction made? It keeps four vectors like v and costs a tenth to a half
+            of a step where a gradient is cheap, nothing where it rests; None: where v
+            has at most 10 million numbers.
     """
 
     shares_evaluation = True
@@ -111,7 +96,13 @@ class LeastSquares(MultiplierRule):
     _PROBE_EVERY = 20
     _least_curvature = 0.0
 
-    def __init__(self, damping: float = 1.0, share: float = 0.3, ridge: float = 0.0) -> None:
+    def __init__(
+        self,
+        damping: float = 1.0,
+        share: float = 0.3,
+        ridge: float = 0.0,
+        subspace: bool | None = None,
+    ) -> None:
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be > 0, got {damping}; it makes v follow g")
         if not 0 <= share < math.inf:
@@ -121,15 +112,19 @@ class LeastSquares(MultiplierRule):
         self.damping = damping
         self.share = share
         self.ridge = ridge
+        self.subspace = subspace
 
-    def bounded_below(self, curvature: float) -> LeastSquares:
-        """The same rule with L >= ``curvature``, whatever is seen."""
+    def for_maps(self) -> LeastSquares:
+        """With L >= 1, and no correction, whose forecasts need a symmetric H."""
         rule = copy.copy(self)
-        rule._least_curvature = curvature
+        rule._least_curvature, rule.subspace = 1.0, False
         return rule
 
     def start(self, lower: Tensors) -> LeastSquaresState:
-        return LeastSquaresState.at(lower, damping=self.damping)
+        small = sum(t.numel() for t in lower) <= _LARGEST_SUBSPACE
+        corrects = small if self.subspace is None else self.subspace
+        kind = SubspaceState if corrects else LeastSquaresState
+        return kind.at(lower, damping=self.damping)
 
     def curvature_bound(self, state: LeastSquaresState) -> float:
         return state.curvature
@@ -155,6 +150,18 @@ class LeastSquares(MultiplierRule):
         # What was stiff before g went flat is likely to be so when it comes back.
         return _unit(axpy(1.0, fresh, state.probe))
 
+    def span(
+        self,
+        state: LeastSquaresState,
+        adjoint: Tensors,
+        product: Tensors,
+        adjoint_residual: Tensors,
+    ) -> Subspace | None:
+        if not isinstance(state, SubspaceState) or not state.forecast.is_due(state.steps):
+            return None
+        past = Past(state.past, state.past_product, state.past_move, state.past_move_product)
+        return past.span(adjoint, product, adjoint_residual)
+
     def lower_update(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, LeastSquaresState]:
@@ -162,6 +169,8 @@ class LeastSquares(MultiplierRule):
         multiplier, watch = state.multiplier, seen.watch
         if seen.probed > 0 or norms.product > 0:  # else H = 0 for all that is known
             multiplier = self._descended(seen, evaluation.adjoint_residual)
+        if isinstance(seen, SubspaceState):
+            multiplier, seen = self._corrected(multiplier, seen, evaluation.subspace, norms)
         if watch.is_hopeless(state.steps):
             multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
         residual = evaluation.residual
@@ -177,11 +186,39 @@ class LeastSquares(MultiplierRule):
 
     def _descended(self, state: LeastSquaresState, adjoint_residual: Tensors) -> Tensors:
         """Nu - (a + mu nu) / (L + mu)."""
-        multiplier, shift = state.multiplier, self.shift(state) + 2.0 * state.indefinite
+        multiplier, shift = state.multiplier, self._whole_shift(state)
         step = ratio(1.0, state.curvature + shift)
         if shift > 0:
             multiplier = scale(multiplier, 1.0 - shift * step)
         return axpy(-step, adjoint_residual, multiplier)
+
+    def _whole_shift(self, state: LeastSquaresState) -> float:
+        """Mu."""
+        return self.shift(state) + 2.0 * state.indefinite
+
+    def _corrected(
+        self, multiplier: Tensors, state: SubspaceState, subspace: Subspace | None, norms: Norms
+    ) -> tuple[Tensors, SubspaceState]:
+        if subspace is None:
+            return multiplier, state.but(forecast=state.forecast.resting())
+        shift = self._whole_shift(state)
+        bound = state.curvature + shift
+        products = Products.of(norms.inner_products, shift)
+        forecast = state.forecast
+        if products.are_finite:
+            forecast = judged(forecast, products)
+            coefficients = correction(products, bound, forecast.gain)
+            step = ratio(1.0, bound)
+            multiplier = corrected(multiplier, subspace, coefficients, step, shift)
+            forecast = expecting(forecast, products, coefficients, step)
+        (past, move, _), (past_product, move_product, _) = subspace.basis, subspace.images
+        return multiplier, state.but(
+            past=past,
+            past_product=past_product,
+            past_move=move,
+            past_move_product=move_product,
+            forecast=forecast,
+        )
 
     def _observed(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from ..evaluation import Evaluation, Norms
+from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors
 from ..undo.rule_memory import Moments
 from .state import DualState
@@ -44,6 +44,22 @@ class MultiplierRule(Protocol):
         """A direction of unit length; ``slope`` is grad_v f."""
         raise NotImplementedError(f"{type(self).__name__} asks for no probe")
 
+    def span(
+        self, state: Any, adjoint: Tensors, product: Tensors, adjoint_residual: Tensors
+    ) -> Subspace | None:
+        """Directions with known products, along which ``lower_update`` may correct q.
+
+        Their inner products come to the host with the norms, as ``norms.inner_products``: one wait
+        for both. By default there are none.
+
+        Args:
+            state: of this rule.
+            adjoint: q.
+            product: H q.
+            adjoint_residual: grad_v f + H q.
+        """
+        return None
+
     def lower_update(self, state: Any, evaluation: Evaluation, norms: Norms) -> tuple[Tensors, Any]:
         """The gradient d for the lower rule, and the state after this lower step."""
         ...
@@ -66,8 +82,11 @@ class MultiplierRule(Protocol):
         """Mu where nu is to solve (H + mu I) nu = -grad_v f; by default 0, the exact adjoint."""
         return 0.0
 
-    def bounded_below(self: R, curvature: float) -> R:
-        """The same rule where ||H|| >= ``curvature`` is known; by default nothing depends on it."""
+    def for_maps(self: R) -> R:
+        """The same rule where I - Phi_v stands for H; by default nothing depends on it.
+
+        It need not be symmetric, and the rule's steps must suit every |eigenvalue of Phi_v| < 1.
+        """
         return self
 
 

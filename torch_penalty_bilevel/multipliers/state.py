@@ -95,12 +95,17 @@ class _Fields(NamedTuple):
 @functools.cache
 def _fields(kind: type[Any]) -> _Fields:
     found = _Fields({}, {}, {})
+    names = [field.name for field in dataclasses.fields(kind)]
     for field in dataclasses.fields(kind):
         if _ROLE in field.metadata:
             found.along[field.name] = field.metadata[_ROLE]
         elif dataclasses.is_dataclass(field.default):
             found.records[field.name] = type(field.default)
-            found.numbers.update(_fields(type(field.default)).numbers)
+            own = _fields(type(field.default)).numbers
+            # A checkpoint keeps them side by side.
+            if twice := own.keys() & (found.numbers.keys() | names):
+                raise TypeError(f"{kind.__name__} has two numbers of the name {sorted(twice)}")
+            found.numbers.update(own)
         elif field.name != "steps":
             found.numbers[field.name] = type(field.default)
     return found

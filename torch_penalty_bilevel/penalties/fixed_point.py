@@ -64,7 +64,7 @@ class FixedPoint:
     takes_lower_constraints = False
 
     def __init__(self, multiplier: str | MultiplierRule = "least_squares") -> None:
-        self.rule = resolve_multiplier(multiplier).bounded_below(1.0)
+        self.rule = resolve_multiplier(multiplier).for_maps()
 
     def evaluate(
         self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce

@@ -61,12 +61,13 @@ def evaluate_residual(
         probe_product = face.curved(reduce(filled(curved, at.lower)), probe)
     product = face.tangent(face.curved(product, adjoint))
     slope = face.tangent(slope)
+    adjoint_residual = add(slope, product)
     return Evaluation(
         upper_loss=upper_loss,
         lower_loss=linearised.loss,
         adjoint=adjoint,
         residual=residual,
-        adjoint_residual=add(slope, product),
+        adjoint_residual=adjoint_residual,
         upper_grad=upper_grad,
         slope_norms=norms(slope),
         product_norms=norms(product),
@@ -74,6 +75,9 @@ def evaluate_residual(
         cost=2 + product_cost * (2 if probe_product else 1),
         lower_face=face,
         curvature_terms=_curvature(adjoint, product, multipliers),
+        product=product,
+        # With multipliers among q the monotone form is not symmetric.
+        subspace=None if multipliers else rule.span(state, adjoint, product, adjoint_residual),
     )
 
 

@@ -1,0 +1,165 @@
+"""The correction of the multiplier in the span of where it has been."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
+from torch_penalty_bilevel.multipliers import DualState
+from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState, SubspaceState
+from torch_penalty_bilevel.multipliers.subspace import Forecast, Products, correction
+from torch_penalty_bilevel.multipliers.watch import Watch
+
+
+def certificate(eigenvalues, steps, **options):
+    """||a|| / ||s|| after lower steps at a v that does not move; H has these eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    n = len(eigenvalues)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    hessian, slope = basis @ torch.diag(eigenvalues) @ basis.T, torch.randn(n, generator=generator)
+    u, v = torch.zeros(1, requires_grad=True), torch.zeros(n, requires_grad=True)
+    rule = Stationarity(LeastSquares(**options))
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.0, penalty=rule)
+    for _ in range(steps):
+        optimizer.lower_step(
+            lambda: slope @ v + 0 * u.sum(), lambda: v @ hessian @ v / 2 + u.sum() * v.sum()
+        )
+    return float(optimizer.metrics.relative_certificate), optimizer
+
+
+def test_two_unknowns_are_solved_as_soon_as_their_directions_are_known():
+    """Two directions span the space; the third evaluation with a gain of 1 sees the solution."""
+    found, _ = certificate(torch.tensor([1.0, 50.0]), 30)
+    plain, _ = certificate(torch.tensor([1.0, 50.0]), 30, subspace=False)
+    assert found < 1e-13
+    assert plain > 0.1
+
+
+@pytest.mark.parametrize(("condition", "steps", "most"), [(10.0, 30, 1e-5), (1e3, 200, 0.05)])
+def test_a_system_that_stands_still_is_solved_sooner(condition, steps, most):
+    eigenvalues = torch.logspace(0, torch.tensor(condition).log10().item(), 30)
+    found, optimizer = certificate(eigenvalues, steps)
+    plain, _ = certificate(eigenvalues, steps, subspace=False)
+    assert found < most < 0.2 * plain
+    assert optimizer._dual.forecast.gain > 0.9
+
+
+def test_directions_without_curvature_do_not_run_away():
+    """The part of grad_v f in the kernel of H moves nu by 1/L per step for ever; a mixture with
+    directions that curve takes some of it along, twice as fast here."""
+    eigenvalues = torch.cat((torch.zeros(3), torch.logspace(0, 1, 9)))
+    _, corrected = certificate(eigenvalues, 600)
+    _, plain = certificate(eigenvalues, 600, subspace=False)
+    corrected, plain = (float(o.adjoint[0].norm()) for o in (corrected, plain))
+    assert 50 < plain < corrected < 3 * plain
+
+
+def noisy(steps, noisy_steps=10**9):
+    """Slopes of independent batches, on a Hessian of condition 100."""
+    torch.manual_seed(0)
+    u, v = torch.zeros(1, requires_grad=True), torch.zeros(20, requires_grad=True)
+    hessian = torch.logspace(0, 2, 20)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.0)
+    looks = []
+    for step in range(steps):
+        before = optimizer._dual.past
+        slope = torch.randn(20) if step < noisy_steps else torch.ones(20)
+        optimizer.lower_step(
+            lambda s=slope: s @ v + 0 * u.sum(),
+            lambda: (hessian * v.square()).sum() / 2 + u.sum() * v.sum(),
+        )
+        if optimizer._dual.past is not before:
+            looks.append(step)
+    return optimizer, looks
+
+
+def test_where_batches_make_forecasts_worthless_it_rests():
+    """The gain stays at 0, and nine steps of ten cost nothing."""
+    optimizer, looks = noisy(400)
+    assert optimizer._dual.forecast.gain == 0.0
+    assert [step for step in looks if step >= 200] == [*range(290, 300), *range(390, 400)]
+
+
+def test_it_comes_back_when_the_noise_ends():
+    optimizer, _ = noisy(600, noisy_steps=200)
+    assert optimizer._dual.forecast.gain > 0.9
+    assert float(optimizer.metrics.relative_certificate) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_gain_survives_a_change_of_units(factor):
+    """N and D are shares: what f was before does not outvote what it is."""
+    u, v = torch.zeros(1, requires_grad=True), torch.zeros(20, requires_grad=True)
+    hessian, scale = torch.logspace(0, 2, 20), 1.0
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.0)
+    for step in range(240):
+        scale = factor if step >= 120 else 1.0
+        optimizer.lower_step(
+            lambda s=scale: s * v.sum() + 0 * u.sum(),
+            lambda: (hessian * v.square()).sum() / 2 + u.sum() * v.sum(),
+        )
+    exact = -factor / hessian
+    torch.testing.assert_close(optimizer.adjoint[0], exact, rtol=1e-3, atol=0)
+    assert optimizer._dual.forecast.gain > 0.9
+
+
+def products_of(hessian, vectors, residual, shift):
+    rows = torch.stack([*vectors, *(hessian @ b for b in vectors), residual])
+    return Products.of(tuple((rows @ rows.T).reshape(-1).tolist()), shift)
+
+
+def test_a_shift_is_that_of_the_shifted_system():
+    """Inner products for H + mu I and a + mu q from those for H and a."""
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(6, 6, generator=generator)
+    hessian, vectors = root @ root.T, list(torch.randn(3, 6, generator=generator))
+    residual, mu = torch.randn(6, generator=generator), 0.7
+    shifted = products_of(hessian, vectors, residual, mu)
+    moved = hessian + mu * torch.eye(6)
+    expected = products_of(moved, vectors, residual + mu * vectors[0], 0.0)
+    for name in Products._fields:
+        torch.testing.assert_close(getattr(shifted, name), getattr(expected, name), msg=name)
+    basis = torch.stack(vectors, 1)
+    galerkin = -torch.linalg.solve(basis.T @ moved @ basis, basis.T @ (residual + mu * vectors[0]))
+    found = correction(shifted, 1.0, 0.5)
+    torch.testing.assert_close(found, 0.5 * galerkin, rtol=1e-8, atol=1e-10)
+
+
+def test_squares_that_overflow_are_told():
+    numbers = [1.0] * 49
+    assert Products.of(tuple(numbers), 0.0).are_finite
+    numbers[24] = float("inf")
+    assert not Products.of(tuple(numbers), 0.0).are_finite
+
+
+def test_a_large_v_has_the_cheap_form_unless_asked():
+    small, large = torch.empty(10**7, device="meta"), torch.empty(10**7 + 1, device="meta")
+    assert type(LeastSquares().start((small,))) is SubspaceState
+    assert type(LeastSquares().start((large,))) is LeastSquaresState
+    assert type(LeastSquares(subspace=True).start((large,))) is SubspaceState
+    assert type(LeastSquares(subspace=False).start((small,))) is LeastSquaresState
+
+
+def test_two_numbers_of_one_name_are_refused():
+    """A checkpoint keeps those of records side by side: one would silently be the other."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        slope: float = 0.0
+
+    one, another = Watch(), Other()
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Twice(DualState):
+        watch: Watch = one
+        other: Other = another
+
+    with pytest.raises(TypeError, match="two numbers of the name \\['slope'\\]"):
+        Twice.at(())
+
+
+def test_rests_are_counted_by_lower_steps():
+    idle = Forecast(idle=20)
+    assert [step for step in range(200) if idle.is_due(step)] == [*range(90, 100), *range(190, 200)]
+    assert all(Forecast(idle=19).is_due(step) for step in range(200))

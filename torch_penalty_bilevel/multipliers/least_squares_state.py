@@ -1,0 +1,50 @@
+"""What ``LeastSquares`` remembers, with and without the correction. Letters as there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tensors import Tensors
+from .state import DIRECTION, ZEROS, DualState, along
+from .subspace import NOTHING_FORECAST, Forecast
+from .watch import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquaresState(DualState):
+    """What ``LeastSquares`` remembers."""
+
+    probe: Tensors = along(DIRECTION)
+    """The direction of the power iteration."""
+    pull: float = 0.0
+    """w."""
+    curvature: float = 0.0
+    """L."""
+    probed: float = 0.0
+    """||H p|| of the last probe p; 0: none has seen curvature."""
+    residual_square: float = 0.0
+    """Mean square of ||r||."""
+    length: float = 0.0
+    """D."""
+    signed_curvature: float = 0.0
+    """Mean of <nu, H nu>."""
+    multiplier_square: float = 0.0
+    """Mean square of ||nu||."""
+    indefinite: float = 0.0
+    """kappa."""
+    watch: Watch = Watch()
+
+
+@dataclass(frozen=True, eq=False)
+class SubspaceState(LeastSquaresState):
+    """With what the correction in the subspace of past multipliers remembers."""
+
+    past: Tensors = along(ZEROS)
+    """q one lower step ago."""
+    past_product: Tensors = along(ZEROS)
+    """H q then."""
+    past_move: Tensors = along(ZEROS)
+    """By how much q had moved until then."""
+    past_move_product: Tensors = along(ZEROS)
+    """H times that."""
+    forecast: Forecast = NOTHING_FORECAST
