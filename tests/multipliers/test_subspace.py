@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
+from torch_penalty_bilevel.constraints import Inequality
 from torch_penalty_bilevel.multipliers import DualState
 from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState, SubspaceState
 from torch_penalty_bilevel.multipliers.subspace import Forecast, Products, correction
@@ -79,6 +80,25 @@ def test_where_batches_make_forecasts_worthless_it_rests():
     optimizer, looks = noisy(400)
     assert optimizer._dual.forecast.gain == 0.0
     assert [step for step in looks if step >= 200] == [*range(290, 300), *range(390, 400)]
+
+
+def test_what_rests_forecasts_nothing():
+    """The first evaluation after a rest has no forecast to be judged by."""
+    optimizer, _ = noisy(250)
+    assert not optimizer._dual.forecast.was_made
+    assert optimizer._dual.forecast.idle > 150
+    assert noisy(292)[0]._dual.forecast.was_made
+
+
+def test_the_monotone_form_of_inequalities_is_not_corrected():
+    """With their multipliers among the lower unknowns the system is not symmetric."""
+    u, v = torch.ones(1, requires_grad=True), torch.ones(3, requires_grad=True)
+    bound = Inequality(lambda: v - 0.5)
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.1, lower_constraint=bound)
+    for _ in range(30):
+        optimizer.lower_step(lambda: v.square().sum(), lambda: (v - 2 * u).square().sum())
+    assert optimizer.adjoint[0].any()
+    assert not any(entry.any() for entry in optimizer._dual.past)
 
 
 def test_it_comes_back_when_the_noise_ends():
