@@ -34,9 +34,8 @@ record and are not repeated.
 
 What to read there: f sees as many validation posts as u has entries, so it falls while the test
 accuracy falls below that of one L2 weight; stop early, or take more posts. On newsgroups the
-default ends behind conjugate gradients: its multiplier takes steps of 1 / ||H||, too short for
-the flat directions of H, and every one of its T lower steps costs three evaluations. Its
-"running" loss is low because the multiplier's error pulls v towards f, not because u is good.
+default ends behind conjugate gradients: every one of its T lower steps costs three evaluations, and
+u does not wait for v and the multiplier.
 All methods chose the same corner of the grid on newsgroups: a larger one may reorder them.
 """
 
