@@ -53,8 +53,6 @@ class Evaluation(NamedTuple):
     """Gradient evaluations, a second-order product counting as one or two."""
     curvature_terms: Tensors = ()
     """<q_i, (H q)_i> of each lower tensor, 0-d; together the curvature <q, H q>."""
-    product: Tensors = ()
-    """H q."""
     subspace: Subspace | None = None
     """Where the multiplier rule wants to correct q; None if it does not."""
     tracker: Tensors = ()

@@ -161,6 +161,11 @@ def test_a_large_v_has_the_cheap_form_unless_asked():
     assert type(LeastSquares(subspace=False).start((small,))) is LeastSquaresState
 
 
+def test_whether_it_is_made_is_a_truth_value():
+    with pytest.raises(TypeError, match="subspace must be True, False or None, got 3"):
+        LeastSquares(subspace=3)
+
+
 def test_two_numbers_of_one_name_are_refused():
     """A checkpoint keeps those of records side by side: one would silently be the other."""
 

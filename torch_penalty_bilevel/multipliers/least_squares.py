@@ -79,7 +79,8 @@ class LeastSquares(MultiplierRule):
             upper loss has few data, as one would regularise any least-squares fit.
         subspace: is the correction made? It keeps four vectors like v and costs a tenth to a half
             of a step where a gradient is cheap, nothing where it rests; None: where v
-            has at most 10 million numbers.
+            has at most 10 million numbers. Never for maps and under lower inequalities, whose
+            systems are not symmetric.
     """
 
     shares_evaluation = True
@@ -109,6 +110,8 @@ class LeastSquares(MultiplierRule):
             raise ValueError(f"share must be >= 0, got {share}; 0 switches the pull off")
         if not 0 <= ridge < math.inf:
             raise ValueError(f"ridge must be >= 0, got {ridge}; 0 gives the exact adjoint")
+        if subspace not in (None, True, False):
+            raise TypeError(f"subspace must be True, False or None, got {subspace!r}")
         self.damping = damping
         self.share = share
         self.ridge = ridge

@@ -383,8 +383,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
             self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
-        certificate = norms.adjoint_residual - self.certificate_tolerance * norms.slope
-        self._counts["certified"] = certificate <= 0 or norms.slope == 0  # f asks for nothing there
+        excess = norms.adjoint_residual - self.certificate_tolerance * norms.slope
+        self._counts["certified"] = excess <= 0 or norms.slope == 0  # f asks for nothing there
         self._counts["gradient_evaluations"] += evaluation.cost
         cost = self._counts["gradient_evaluations"]
         weights = dual.weight, dual.damping

@@ -75,7 +75,6 @@ def evaluate_residual(
         cost=2 + product_cost * (2 if probe_product else 1),
         lower_face=face,
         curvature_terms=_curvature(adjoint, product, multipliers),
-        product=product,
         # With multipliers among q the monotone form is not symmetric.
         subspace=None if multipliers else rule.span(state, adjoint, product, adjoint_residual),
     )
