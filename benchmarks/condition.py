@@ -5,19 +5,25 @@
 
 Problem ``quadratic`` of ``torch_penalty_bilevel.testing``: A has the eigenvalues 1 to kappa. Each
 seed has its own data and start. Counted are the evaluations of ``minimize`` (default settings)
-and the lower steps of ``PenaltyBilevelOptimizer`` (default penalty, 5 lower steps per upper step):
+and the lower steps of ``PenaltyBilevelOptimizer`` (default penalty, 5 lower steps per upper step),
+without the multiplier's correction, with it (the default), and with ``correct_lower=True``, which
+moves v, too:
 
-- SGD: the rates 1/kappa below and 0.3/kappa above, until the error is reached;
+- SGD: the rates 1/kappa below and 0.1 above, until the error is reached;
 - Adam: 0.1 on both levels with cosine decay; the horizon is doubled from 320 lower steps on until
   a whole run ends with the error reached, so the count is exact up to a factor of two.
+
+The slope is that of the logarithm of the cost over that of kappa, from the first kappa to the last.
 """
 
 from __future__ import annotations
 
+import math
 import pathlib
 import platform
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import matplotlib
 
@@ -30,9 +36,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from torch_penalty_bilevel import (
+    LeastSquares,
     MinimizeResult,
     NonFiniteError,
     PenaltyBilevelOptimizer,
+    Stationarity,
     minimize,
     testing,
 )
@@ -70,12 +78,15 @@ def run(
     seed: int,
     rules: tuple[Rule, Rule],
     outer: int,
+    form: LeastSquares,
     *,
     decay: bool,
 ) -> float:
     """Lower steps to the accuracy, at the end of the run or (without decay) as soon as possible."""
     u, v = (x.requires_grad_() for x in start(problem, seed))
-    optimizer = PenaltyBilevelOptimizer(rules[0]([u]), rules[1]([v]), lower_steps=LOWER_STEPS)
+    optimizer = PenaltyBilevelOptimizer(
+        rules[0]([u]), rules[1]([v]), lower_steps=LOWER_STEPS, penalty=Stationarity(form)
+    )
     scheduler = CosineAnnealingLR(optimizer, outer) if decay else None
     g = problem.lower_loss
     assert g is not None
@@ -99,43 +110,58 @@ def run(
     )
 
 
-def sgd(problem: testing.Problem, seed: int, limit: int) -> float:
-    assert problem.kappa is not None
-    lr = 1 / problem.kappa
-    rules = (lambda t: torch.optim.SGD(t, lr=0.3 * lr), lambda t: torch.optim.SGD(t, lr=lr))
-    return run(problem, seed, rules, limit // LOWER_STEPS, decay=False)
+def sgd(form: LeastSquares, problem: testing.Problem, seed: int, limit: int) -> float:
+    kappa = problem.kappa
+    assert kappa is not None
+    rules = (lambda t: torch.optim.SGD(t, lr=0.1), lambda t: torch.optim.SGD(t, lr=1 / kappa))
+    return run(problem, seed, rules, limit // LOWER_STEPS, form, decay=False)
 
 
-def adam(problem: testing.Problem, seed: int, limit: int) -> float:
+def adam(form: LeastSquares, problem: testing.Problem, seed: int, limit: int) -> float:
     rule = lambda t: torch.optim.Adam(t, lr=0.1)  # noqa: E731
     horizon = 320
     while horizon <= limit:
-        found = run(problem, seed, (rule, rule), horizon // LOWER_STEPS, decay=True)
+        found = run(problem, seed, (rule, rule), horizon // LOWER_STEPS, form, decay=True)
         if found == found:
             return found
         horizon *= 2
     return float("nan")
 
 
+FORMS = {
+    "no correction": LeastSquares(subspace=False),
+    "default": LeastSquares(),
+    "v corrected": LeastSquares(correct_lower=True),
+}
+COLOURS = dict(zip(FORMS, ("C1", "C0", "C2"), strict=True))
 COSTS: dict[str, Cost] = {
     "minimize, evaluations": evaluations,
-    "optimizer, SGD, lower steps": sgd,
-    "optimizer, Adam, lower steps": adam,
+    **{f"SGD, {name}, lower steps": partial(sgd, form) for name, form in FORMS.items()},
+    **{f"Adam, {name}, lower steps": partial(adam, form) for name, form in FORMS.items()},
 }
+
+
+def slope(kappas: list[float], values: list[float]) -> str:
+    """Of log cost over log kappa, first to last; empty where either is missing."""
+    if len(kappas) == 1 or values[0] != values[0] or values[-1] != values[-1]:
+        return ""
+    return f"{math.log(values[-1] / values[0]) / math.log(kappas[-1] / kappas[0]):.2f}"
 
 
 def draw(kappas: list[float], rows: dict[str, list[float]], path: pathlib.Path) -> None:
     """The medians against kappa, with both slopes through the first of them."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    for (label, values), marker in zip(rows.items(), "osD", strict=True):
-        axes.loglog(kappas, values, marker=marker, label=label)
+    figure, axes = plt.subplots(figsize=(7.0, 5.6), constrained_layout=True)
+    for label, values in rows.items():
+        rule, form, *_ = (*label.split(", "), "")
+        style = {"SGD": "s-", "Adam": "D--"}.get(rule, "o-")
+        axes.loglog(kappas, values, style, color=COLOURS.get(form, "black"), label=label)
     anchor = max(values[0] for values in rows.values())
     for power, style, label in ((0.5, ":", "slope 1/2"), (1.0, "--", "slope 1")):
         line = [anchor * (kappa / kappas[0]) ** power for kappa in kappas]
         axes.loglog(kappas, line, style, color="0.6", label=label)
     axes.set_xlabel("condition number of the lower Hessian")
     axes.set_ylabel(f"cost to a relative error of {ACCURACY:.0e}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
@@ -152,8 +178,10 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     rows: dict[str, list[float]] = {label: [] for label in COSTS}
-    print("| cost, median (range) | " + " | ".join(f"{k:.0e}" for k in options.kappas) + " |")
-    print("|---|" + "---|" * len(options.kappas))
+    print(
+        "| cost, median (range) | " + " | ".join(f"{k:.0e}" for k in options.kappas) + " | slope |"
+    )
+    print("|---|" + "---|" * (len(options.kappas) + 1))
     for label, cost in COSTS.items():
         cells = list[str]()
         for kappa in tqdm(options.kappas, desc=label):
@@ -167,6 +195,7 @@ def main() -> None:
                 if complete
                 else f"{len(reached)} of {len(found)} within {options.limit}"
             )
+        cells.append(slope(options.kappas, rows[label]))
         print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
     draw(options.kappas, rows, options.picture)
     print(

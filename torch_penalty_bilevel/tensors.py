@@ -131,6 +131,21 @@ def axpy(factor: Tensor | float, x: Sequence[Tensor], y: Sequence[Tensor]) -> Te
     return add(scale(x, factor), y)
 
 
+@torch.no_grad()
+def shift(parameters: Tensors, by: Tensors) -> None:
+    """Add in place."""
+    for parameter, step in zip(parameters, by, strict=True):
+        parameter.add_(step.to(parameter.dtype))
+
+
+def combination(coefficients: Sequence[float], vectors: Sequence[Tensors]) -> Tensors:
+    """``sum_i c_i v_i`` of at least one vector; they are dense."""
+    result = scale(vectors[0], coefficients[0])
+    for number, vector in zip(coefficients[1:], vectors[1:], strict=True):
+        torch._foreach_add_(result, vector, alpha=number)
+    return result
+
+
 def cast_like(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensors:
     """``tensors`` in the dtype of ``targets`` (products want cotangents of the output's dtype)."""
     return tuple(t.to(s.dtype) for t, s in zip(tensors, targets, strict=True))
@@ -194,7 +209,7 @@ def _side_by_side(vectors: Sequence[Tensors]) -> Iterator[Tensor]:
         here = [[t.reshape(-1) for t in v if t.device == device] for v in vectors]
         size = sum(t.numel() for t in here[0])
         if size <= _CACHED or device.type != "cpu":
-            yield torch.stack([torch.cat(v) for v in here])
+            yield torch.cat([t for v in here for t in v]).view(len(vectors), size)
             continue
         for parts in zip(*here, strict=True):
             for pieces in zip(*(t.split(_CACHED) for t in parts), strict=True):

@@ -8,8 +8,9 @@ import torch
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
 from torch_penalty_bilevel.constraints import Inequality
 from torch_penalty_bilevel.multipliers import DualState
+from torch_penalty_bilevel.multipliers.forecast import Forecast
 from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState, SubspaceState
-from torch_penalty_bilevel.multipliers.subspace import Forecast, Products, correction
+from torch_penalty_bilevel.multipliers.subspace import Products, correction
 from torch_penalty_bilevel.multipliers.watch import Watch
 
 
@@ -139,10 +140,11 @@ def test_a_shift_is_that_of_the_shifted_system():
     moved = hessian + mu * torch.eye(6)
     expected = products_of(moved, vectors, residual + mu * vectors[0], 0.0)
     for name in Products._fields:
-        torch.testing.assert_close(getattr(shifted, name), getattr(expected, name), msg=name)
+        found, right = (torch.tensor(getattr(p, name)) for p in (shifted, expected))
+        torch.testing.assert_close(found, right, msg=name)
     basis = torch.stack(vectors, 1)
     galerkin = -torch.linalg.solve(basis.T @ moved @ basis, basis.T @ (residual + mu * vectors[0]))
-    found = correction(shifted, 1.0, 0.5)
+    found = torch.tensor(correction(shifted, 1.0, 0.5))
     torch.testing.assert_close(found, 0.5 * galerkin, rtol=1e-8, atol=1e-10)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ..arguments import chosen
 from .least_squares import LeastSquares
-from .protocol import Move, MultiplierRule
+from .protocol import Jump, Memories, Move, MultiplierRule
 from .published import EpsilonTest
 from .state import DIRECTION, MEMORY, POINT, ZEROS, DualState, along
 from .watch import Watch
@@ -21,7 +21,9 @@ __all__ = [
     "ZEROS",
     "DualState",
     "EpsilonTest",
+    "Jump",
     "LeastSquares",
+    "Memories",
     "Move",
     "MultiplierRule",
     "Watch",

@@ -12,9 +12,10 @@ import math
 from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
 from .averages import average, ratio
+from .correction import corrected, lower_jump
 from .least_squares_state import LeastSquaresState, SubspaceState
-from .protocol import MultiplierRule
-from .subspace import Past, Products, corrected, correction, expecting, judged
+from .protocol import Jump, MultiplierRule
+from .subspace import Past
 from .watch import Watch
 
 _LARGEST_SUBSPACE = 10**7
@@ -81,6 +82,11 @@ class LeastSquares(MultiplierRule):
             of a step where a gradient is cheap, nothing where it rests; None: where v
             has at most 10 million numbers. Never for maps and under lower inequalities, whose
             systems are not symmetric.
+        correct_lower: is v, too, moved to the minimiser of g's quadratic model in the span of the
+            multipliers, v <- v - gain B (B'HB)^{-1} B'r, before the lower rule goes on from there?
+            No further product and no further vector. Where g is ill-conditioned and f and g see no
+            batches v then follows u many times faster; at a gain of 0, under batches, nothing
+            changes. Not while a lower rate is 0; g is a loss, without inequalities.
     """
 
     shares_evaluation = True
@@ -103,6 +109,7 @@ class LeastSquares(MultiplierRule):
         share: float = 0.3,
         ridge: float = 0.0,
         subspace: bool | None = None,
+        correct_lower: bool = False,
     ) -> None:
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be > 0, got {damping}; it makes v follow g")
@@ -115,10 +122,21 @@ class LeastSquares(MultiplierRule):
         self.damping = damping
         self.share = share
         self.ridge = ridge
-        self.subspace = subspace
+        if correct_lower and subspace is False:
+            raise ValueError(
+                "correct_lower=True uses what the multiplier's correction knows of H, and "
+                "subspace=False switches that off; leave subspace away"
+            )
+        self.subspace = True if correct_lower else subspace
+        self.correct_lower = bool(correct_lower)
 
     def for_maps(self) -> LeastSquares:
         """With L >= 1, and no correction, whose forecasts need a symmetric H."""
+        if self.correct_lower:
+            raise ValueError(
+                "correct_lower=True needs a lower loss, whose second derivative is symmetric; the "
+                "lower closure returns a map, so leave it away"
+            )
         rule = copy.copy(self)
         rule._least_curvature, rule.subspace = 1.0, False
         return rule
@@ -159,11 +177,18 @@ class LeastSquares(MultiplierRule):
         adjoint: Tensors,
         product: Tensors,
         adjoint_residual: Tensors,
+        residual: Tensors,
     ) -> Subspace | None:
         if not isinstance(state, SubspaceState) or not state.forecast.is_due(state.steps):
             return None
         past = Past(state.past, state.past_product, state.past_move, state.past_move_product)
-        return past.span(adjoint, product, adjoint_residual)
+        slopes = (adjoint_residual, residual) if self.correct_lower else (adjoint_residual,)
+        return past.span(adjoint, product, slopes)
+
+    def jump(self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms) -> Jump | None:
+        if not self.correct_lower or not isinstance(state, SubspaceState):
+            return None
+        return lower_jump(state, evaluation, norms, self._whole_shift(state))
 
     def lower_update(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
@@ -173,7 +198,8 @@ class LeastSquares(MultiplierRule):
         if seen.probed > 0 or norms.product > 0:  # else H = 0 for all that is known
             multiplier = self._descended(seen, evaluation.adjoint_residual)
         if isinstance(seen, SubspaceState):
-            multiplier, seen = self._corrected(multiplier, seen, evaluation.subspace, norms)
+            shift = self._whole_shift(seen)
+            multiplier, seen = corrected(multiplier, seen, evaluation.subspace, norms, shift)
         if watch.is_hopeless(state.steps):
             multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
         residual = evaluation.residual
@@ -198,30 +224,6 @@ class LeastSquares(MultiplierRule):
     def _whole_shift(self, state: LeastSquaresState) -> float:
         """Mu."""
         return self.shift(state) + 2.0 * state.indefinite
-
-    def _corrected(
-        self, multiplier: Tensors, state: SubspaceState, subspace: Subspace | None, norms: Norms
-    ) -> tuple[Tensors, SubspaceState]:
-        if subspace is None:
-            return multiplier, state.but(forecast=state.forecast.resting())
-        shift = self._whole_shift(state)
-        bound = state.curvature + shift
-        products = Products.of(norms.inner_products, shift)
-        forecast = state.forecast
-        if products.are_finite:
-            forecast = judged(forecast, products)
-            coefficients = correction(products, bound, forecast.gain)
-            step = ratio(1.0, bound)
-            multiplier = corrected(multiplier, subspace, coefficients, step, shift)
-            forecast = expecting(forecast, products, coefficients, step)
-        (past, move, _), (past_product, move_product, _) = subspace.basis, subspace.images
-        return multiplier, state.but(
-            past=past,
-            past_product=past_product,
-            past_move=move,
-            past_move_product=move_product,
-            forecast=forecast,
-        )
 
     def _observed(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms

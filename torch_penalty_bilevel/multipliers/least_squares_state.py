@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..tensors import Tensors
+from .forecast import NOTHING_FORECAST, Forecast
 from .state import DIRECTION, ZEROS, DualState, along
-from .subspace import NOTHING_FORECAST, Forecast
 from .watch import Watch
 
 

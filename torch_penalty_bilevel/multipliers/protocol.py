@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors
 from ..undo.rule_memory import Moments
 from .state import DualState
 
-Move: TypeAlias = Callable[
-    [Tensors, Tensors, tuple[Moments, ...]], tuple[Tensors, tuple[Moments, ...]]
-]
+Memories: TypeAlias = tuple[Moments, ...]
+"""What a torch rule remembers of each tensor of a point."""
+Move: TypeAlias = Callable[[Tensors, Tensors, Memories], tuple[Tensors, Memories]]
 """(point, gradients, memory) -> one step of the lower rule from there, and its memory after it."""
 
 R = TypeVar("R", bound="MultiplierRule")
+
+
+class Jump(NamedTuple):
+    """A correction of v that needs no further evaluation."""
+
+    move: Tensors
+    """To be added to v."""
+    residual: Tensors
+    """grad_v g where v then is, as far as known; the lower rule goes on from there."""
 
 
 class MultiplierRule(Protocol):
@@ -45,7 +54,12 @@ class MultiplierRule(Protocol):
         raise NotImplementedError(f"{type(self).__name__} asks for no probe")
 
     def span(
-        self, state: Any, adjoint: Tensors, product: Tensors, adjoint_residual: Tensors
+        self,
+        state: Any,
+        adjoint: Tensors,
+        product: Tensors,
+        adjoint_residual: Tensors,
+        residual: Tensors,
     ) -> Subspace | None:
         """Directions with known products, along which ``lower_update`` may correct q.
 
@@ -57,6 +71,14 @@ class MultiplierRule(Protocol):
             adjoint: q.
             product: H q.
             adjoint_residual: grad_v f + H q.
+            residual: r.
+        """
+        return None
+
+    def jump(self, state: Any, evaluation: Evaluation, norms: Norms) -> Jump | None:
+        """How v moves before ``lower_update`` and the lower rule; by default not at all.
+
+        Not made while the rate of a lower group is 0.
         """
         return None
 
@@ -90,4 +112,4 @@ class MultiplierRule(Protocol):
         return self
 
 
-__all__ = ["DualState", "Move", "MultiplierRule"]
+__all__ = ["DualState", "Jump", "Memories", "Move", "MultiplierRule"]

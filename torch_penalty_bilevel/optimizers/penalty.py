@@ -23,11 +23,10 @@ from ..evaluation import Evaluation, Norms, measure
 from ..levels import Parameters, rows, rules
 from ..levels.trial_step import stepped
 from ..metrics import Metrics
-from ..multipliers import Move
+from ..multipliers import Memories
 from ..penalties import Losses, Penalty, Reduce, one_worker
-from ..tensors import Pair, Tensors
+from ..tensors import Pair, Tensors, shift
 from ..undo.buffers import BufferGuard
-from ..undo.rule_memory import Moments
 from ..undo.transaction import rehearsal
 from .penalty_memory import RemembersDual
 from .two_level import Here
@@ -322,25 +321,26 @@ class PenaltyBilevelOptimizer(RemembersDual):
         evaluation, norms, here, moving = seen
         rule, lower = self.penalty.rule, here.at.lower
         dual = self._dual.only(moving)
+        jump = rule.jump(dual, evaluation, norms)
+        if jump is not None and rules.hold_nothing(self.lower):
+            evaluation = evaluation._replace(residual=jump.residual)
+        else:
+            jump = None
         direction, advanced = rule.lower_update(dual, evaluation, norms)
-        advanced = rule.follow(advanced, evaluation, self._moves(lower, norms))
+
+        def move(point: Tensors, gradients: Tensors, memory: Memories) -> tuple[Tensors, Memories]:
+            return stepped(self.lower, lower, point, norms.heard(gradients), memory)
+
+        advanced = rule.follow(advanced, evaluation, move)
         levels.give(self.lower, norms.heard(direction))
         with evaluation.lower_face.retracting(lower):
+            if jump is not None:
+                shift(lower, jump.move)
             rules.step_without_decay(self.lower)
         advanced = self._sets.lower.ascend_jointly(rule, dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving, here.lower)
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint), here)
-
-    def _moves(self, lower: Tensors, norms: Norms) -> Move:
-        """How the lower rule would move another point than v."""
-
-        def move(
-            point: Tensors, gradients: Tensors, memory: tuple[Moments, ...]
-        ) -> tuple[Tensors, tuple[Moments, ...]]:
-            return stepped(self.lower, lower, point, norms.heard(gradients), memory)
-
-        return move
 
     def _warms_up(self, norms: Norms) -> bool:
         """Is the hypergradient of this step still too rough for u to follow it?"""

@@ -62,6 +62,7 @@ def evaluate_residual(
     product = face.tangent(face.curved(product, adjoint))
     slope = face.tangent(slope)
     adjoint_residual = add(slope, product)
+    looks = adjoint, product, adjoint_residual, residual
     return Evaluation(
         upper_loss=upper_loss,
         lower_loss=linearised.loss,
@@ -76,7 +77,7 @@ def evaluate_residual(
         lower_face=face,
         curvature_terms=_curvature(adjoint, product, multipliers),
         # With multipliers among q the monotone form is not symmetric.
-        subspace=None if multipliers else rule.span(state, adjoint, product, adjoint_residual),
+        subspace=None if multipliers else rule.span(state, *looks),
     )
 
 

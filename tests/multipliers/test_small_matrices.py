@@ -1,0 +1,117 @@
+"""Linear algebra in Python numbers against torch's."""
+
+import pytest
+import torch
+
+from torch_penalty_bilevel.multipliers import small_matrices as small
+from torch_penalty_bilevel.multipliers.subspace import (
+    Products,
+    _some_conjugate_directions,
+    conjugate_directions,
+)
+
+
+def positive(seed, least=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
+    return basis @ torch.diag(least + torch.rand(3, generator=generator)) @ basis.T
+
+
+def general(seed):
+    return torch.randn(3, 3, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def test_products():
+    matrix, rows, vector = general(0), general(1), general(2)[0]
+    close = torch.testing.assert_close
+    m, w, x = matrix.tolist(), rows.tolist(), vector.tolist()
+    close(torch.tensor(small.times(m, x)), matrix @ vector)
+    close(torch.tensor(small.transposed(m)), matrix.T)
+    close(torch.tensor(small.congruent(m, w)), rows @ matrix @ rows.T)
+    close(torch.tensor(small.plus(x, -0.3, w[0])), vector - 0.3 * rows[0])
+    assert small.inner(x, w[1]) == pytest.approx(float(vector @ rows[1]))
+
+
+def test_the_symmetric_part_and_the_norm_of_the_rest():
+    matrix = general(3)
+    half, rest = small.symmetric_part(matrix.tolist())
+    torch.testing.assert_close(torch.tensor(half), (matrix + matrix.T) / 2)
+    assert rest == pytest.approx(float((matrix - matrix.T).norm() / 2))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_positive_means_all_eigenvalues_above(seed):
+    matrix = (general(seed) + general(seed).T) / 2
+    for eigenvalue in torch.linalg.eigvalsh(matrix):
+        for offset in (-1e-6, 1e-6):
+            above = float(eigenvalue) + offset
+            right = bool(torch.linalg.eigvalsh(matrix)[0] > above)
+            assert small.is_positive(matrix.tolist(), above) is right
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whitening_makes_the_matrix_the_identity(seed):
+    matrix = positive(seed)
+    rows = torch.tensor(small.whitening(matrix.tolist()))
+    torch.testing.assert_close(rows @ matrix @ rows.T, torch.eye(3))
+
+
+def test_a_diagonal_of_ones():
+    matrix = torch.tensor([[4.0, 1.0, 0.0], [1.0, 0.25, 0.0], [0.0, 0.0, 0.0]])
+    right = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(torch.tensor(small.unit_diagonal(matrix.tolist())), right)
+
+
+def products(basis, mixed):
+    zeros = [0.0] * 3
+    return Products(basis.tolist(), mixed.tolist(), [zeros] * 3, zeros, zeros, 0.0, zeros, True)
+
+
+def inverse(rows):
+    rows = torch.tensor(rows).reshape(-1, 3)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_both_ways_find_the_same_inverse(seed):
+    """Numbers where all directions are believed, eigenvectors where some are not."""
+    scale = torch.tensor([1e-4, 1.0, 1e4])
+    basis = positive(seed) * scale * scale[:, None]
+    curvature = positive(seed + 50) * scale * scale[:, None]
+    given = products(basis, curvature)
+    found = inverse(conjugate_directions(given, 1.0))
+    by_eigenvectors = inverse(_some_conjugate_directions(given, 1.0))
+    unscaled = torch.linalg.inv(curvature / (scale * scale[:, None])) / (scale * scale[:, None])
+    torch.testing.assert_close(found, unscaled, rtol=1e-9, atol=0)
+    torch.testing.assert_close(by_eigenvectors, unscaled, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("basis", "curvature", "believed"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 0.5, -0.5], 2),  # curves downwards
+        ([1.0, 1.0, 1.0], [1.0, 0.5, 1e-4], 2),  # flat
+        ([1.0, 1.0, 0.0], [1.0, 0.5, 0.0], 2),  # there is no third direction
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0),
+        ([1.0, 1.0, 1.0], [1.0, 0.5, 0.2], 3),
+    ],
+)
+def test_what_is_not_believed_is_left_out(basis, curvature, believed):
+    given = products(torch.diag(torch.tensor(basis)), torch.diag(torch.tensor(curvature)))
+    rows = conjugate_directions(given, 1.0)
+    assert len(rows) == believed
+    right = torch.diag(torch.tensor([1 / c if c > 1e-3 else 0.0 for c in curvature]))
+    torch.testing.assert_close(inverse(rows), right)
+
+
+def test_images_that_are_not_symmetric_are_not_believed():
+    """An antisymmetric part of norm .4 x sqrt 2 outweighs the curvature .5, not 2."""
+    curvature = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.4], [0.0, -0.4, 0.5]])
+    rows = conjugate_directions(products(torch.eye(3), curvature), 1.0)
+    torch.testing.assert_close(inverse(rows), torch.diag(torch.tensor([0.5, 0.5, 0.0])))
+
+
+def test_parallel_directions_count_as_one():
+    basis = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0 + 1e-6, 0.0], [0.0, 0.0, 1.0]])
+    rows = conjugate_directions(products(basis, basis), 1.0)
+    assert len(rows) == 2
