@@ -37,6 +37,10 @@ class Metrics:
     """gamma, multiplies ||r||^2 / 2 or the value gap; of a relative one 0 until the first step."""
     damping: Tensor
     """lambda, multiplies g in the lower level."""
+    correction_gain: Tensor
+    """What share of the multiplier's correction was trusted when the evaluation began
+    (``LeastSquares``): 1 where v stands still, 0 where batches leave the plain step; NaN where
+    the rule makes none (``subspace=False``, maps, a v above 10 million numbers)."""
     gradient_evaluations: int
     """Since construction: gradients of f and of g, and second-order products, each as one (two for
     a central difference); without the first step's check of dependences and the looks of
@@ -48,21 +52,29 @@ class Metrics:
         upper_loss: Tensor,
         lower_loss: Tensor,
         norms: Norms,
-        weights: tuple[float, float],
+        dual: tuple[float, float, float],
         count: int,
     ) -> Metrics:
-        """The numbers of one evaluation, made under ``weights``, (gamma, lambda)."""
+        """The numbers of one evaluation.
+
+        Args:
+            upper_loss: f, 0-d.
+            lower_loss: g, 0-d.
+            norms: of its parts.
+            dual: gamma, lambda and the gain of the correction, under which it was made.
+            count: gradient evaluations so far.
+        """
         numbers = torch.tensor(
             [
                 norms.residual,
                 norms.adjoint_residual,
                 norms.adjoint_residual / norms.slope if norms.slope > 0 else math.nan,
                 norms.upper_grad,
-                *weights,
+                *dual,
             ],
             dtype=torch.float64,
         )
-        residual, adjoint_residual, relative, upper_grad, weight, damping = numbers.unbind()
+        residual, adjoint_residual, relative, upper_grad, weight, damping, gain = numbers.unbind()
         return cls(
             upper_loss,
             lower_loss,
@@ -72,6 +84,7 @@ class Metrics:
             upper_grad,
             weight,
             damping,
+            gain,
             count,
         )
 
@@ -79,7 +92,7 @@ class Metrics:
     def unknown(cls) -> Metrics:
         """Before the first step."""
         nan = torch.tensor(float("nan"))
-        return cls(nan, nan, nan, nan, nan, nan, nan, nan, 0)
+        return cls(nan, nan, nan, nan, nan, nan, nan, nan, nan, 0)
 
     def as_dict(self) -> dict[str, float]:
         """By name, as Python numbers, for loggers; waits for the device."""

@@ -1,6 +1,7 @@
 """The correction of the multiplier in the span of where it has been."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -190,3 +191,14 @@ def test_rests_are_counted_by_lower_steps():
     idle = Forecast(idle=20)
     assert [step for step in range(200) if idle.is_due(step)] == [*range(90, 100), *range(190, 200)]
     assert all(Forecast(idle=19).is_due(step) for step in range(200))
+
+
+def test_metrics_say_which_form_is_taken():
+    """The gain under which the evaluation was made: that of the state before it."""
+    eigenvalues = torch.logspace(0, 1, 12)
+    before = certificate(eigenvalues, 20)[1]._dual.forecast.gain
+    assert 0.3 < before < 1
+    _, corrected = certificate(eigenvalues, 21)
+    assert float(corrected.metrics.correction_gain) == before
+    _, plain = certificate(eigenvalues, 21, subspace=False)
+    assert math.isnan(float(plain.metrics.correction_gain))

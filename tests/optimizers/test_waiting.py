@@ -162,4 +162,5 @@ def test_metrics_as_numbers():
     found = optimizer.metrics.as_dict()
     assert found["upper_loss"] == float(optimizer.metrics.upper_loss)
     assert found["relative_certificate"] == pytest.approx(1.0)  # q = 0
+    assert found["correction_gain"] == 0.0
     assert all(type(value) is float for value in found.values())

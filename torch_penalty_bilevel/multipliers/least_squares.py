@@ -150,6 +150,9 @@ class LeastSquares(MultiplierRule):
     def curvature_bound(self, state: LeastSquaresState) -> float:
         return state.curvature
 
+    def correction_gain(self, state: LeastSquaresState) -> float:
+        return state.forecast.gain if isinstance(state, SubspaceState) else math.nan
+
     def shift(self, state: LeastSquaresState) -> float:
         return self.ridge * state.curvature
 

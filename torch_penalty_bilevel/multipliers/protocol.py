@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -99,6 +100,10 @@ class MultiplierRule(Protocol):
     def curvature_bound(self, state: Any) -> float | None:
         """L >= ||H||_2 as far as seen, 0 before; None (default) where the rule keeps no bound."""
         return None
+
+    def correction_gain(self, state: Any) -> float:
+        """What share of a correction in ``span`` is made; NaN (default) where the rule has none."""
+        return math.nan
 
     def shift(self, state: Any) -> float:
         """Mu where nu is to solve (H + mu I) nu = -grad_v f; by default 0, the exact adjoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -355,7 +356,7 @@ class HypergradientOptimizer(RemembersAdjoint):
         self._adjoint = tuple(next(fresh) if p.requires_grad else q for q, p in pairs)
         self._counts["steps"] += 1
         self._counts["gradient_evaluations"] += evaluation.cost
-        weights = 0.0, self._options.damping or 0.0
+        weights = 0.0, self._options.damping or 0.0, math.nan
         seen = evaluation.upper_loss, evaluation.lower_loss
         self.metrics = Metrics.of(*seen, measured, weights, self._counts["gradient_evaluations"])
 

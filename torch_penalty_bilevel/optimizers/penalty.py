@@ -387,8 +387,8 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self._counts["certified"] = excess <= 0 or norms.slope == 0  # f asks for nothing there
         self._counts["gradient_evaluations"] += evaluation.cost
         cost = self._counts["gradient_evaluations"]
-        weights = dual.weight, dual.damping
-        self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, weights, cost
+        numbers = dual.weight, dual.damping, self.penalty.rule.correction_gain(dual)
+        self._seen = evaluation.upper_loss, evaluation.lower_loss, norms, numbers, cost
         return Seen(evaluation, norms, here, moving)
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:

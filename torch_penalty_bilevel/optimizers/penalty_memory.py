@@ -17,7 +17,7 @@ from ..tensors import Tensors, clones, placed, zeros_for
 from .memory import TwoLevelMemory
 from .two_level import Here
 
-Reported: TypeAlias = tuple[Tensor, Tensor, Norms, tuple[float, float], int]
+Reported: TypeAlias = tuple[Tensor, Tensor, Norms, tuple[float, float, float], int]
 """Of the last evaluation, for ``Metrics.of``."""
 
 
