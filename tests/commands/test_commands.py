@@ -55,6 +55,7 @@ SMALL = {
     "benchmarks.smd": "--starts 1 --outer 5",
     "benchmarks.suite.minimizer": "d_1978_01 half_space --starts 1 --restarts 0 --budget 200",
     "benchmarks.suite.optimizer": "feature_ridge --starts 1 --steps 5 --jobs 1",
+    "benchmarks.speed.correction": "--sizes 1e3 --batch 8 --rounds 2",
     "benchmarks.speed.overhead": "--rounds 1",
     "examples.denoise_digits": "--seeds 1 --steps 5 --output {}/picture.png",
 }

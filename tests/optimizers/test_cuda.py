@@ -2,9 +2,6 @@
 
 import io
 import random
-import sys
-import warnings
-from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ from contract import cases
 from hypergradient_runs import METHODS, SOLVERS, UNROLLED
 from torch.optim import SGD, Adam
 from twins import Cleaning, Twin
+from waiting import waits
 
 from torch_penalty_bilevel import HypergradientOptimizer, minimize
 from torch_penalty_bilevel.constraints import Ball, Box, Inequality, NonNegative, Simplex
@@ -252,33 +250,6 @@ def test_checkpoints_go_over_to_the_cpu_and_back(penalty, rule):
         torch.testing.assert_close(on_cpu.run(6).point(), whole.point(), rtol=1e-5, atol=1e-5)
     back = loaded(file, build(CUDA), map_location="cpu").run(6)
     assert torch.equal(back.point(), whole.point())
-
-
-# Waits for the device.
-
-
-def waits(run):
-    """Where in the package the host waited for the device in ``run``, and how often."""
-    found = Counter()
-
-    def note(message, *_args, **_options):
-        frame, place = sys._getframe(1), ""
-        while frame is not None and not place:
-            name = frame.f_code.co_filename.partition("torch_penalty_bilevel/")[2]
-            place = f"{name}:{frame.f_code.co_name}" if name else ""
-            frame = frame.f_back
-        if "called a synchronizing" in str(message):
-            found[place or str(message)] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return dict(found)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
