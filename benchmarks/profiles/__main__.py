@@ -7,20 +7,24 @@ Solvers, all from the same starts (see ``solvers.py``):
 
 SOLVERS
 
-Problems: all of ``torch_penalty_bilevel.testing`` without constraints, and four on data (see
-``tables.py``); one whose data is missing is skipped, with a message. F(u) = f(u, v*(u)).
+Problems: all of ``torch_penalty_bilevel.testing`` but those with constraints, which few of the
+solvers take, and four on data (see ``tables.py``); one whose data is missing is skipped, with a
+message. Left out are
+
+LEFT_OUT
 
 One evaluation is a gradient of f, a gradient of g (or a value of the map) or a second-order product
 with g's derivatives, forward or backward, counted alike for all: by ``metrics``, by
 ``MinimizeResult.evaluations`` (there what differentiates g three times counts two), by
-``LocalProblem.evaluations``. Lower steps, inner solves and unrolled steps are in it.
+``LocalProblem.evaluations``. Lower steps, inner solves and unrolled steps are in it, the first
+step's check of dependences is not.
 
-Solved at accuracy tau: F(u) - F* <= tau (F(u_0) - F*) (Moré & Wild, 2009), where the lower level is
-solved again at u, in closed form or by L-BFGS, so that a v which is no lower solution cannot pass;
-where g leaves v free, f is taken at the lower solution nearest to the solver's v. F* is the
-known optimum, on data the best that any run of the file of results saw, one of ``minimize`` with
-five times the budget among them. F is looked at whenever the evaluations have grown by 1.3: counts
-are rounded up by at most that, or by one step.
+Solved at accuracy tau: F(u) - F* <= tau (F(u_0) - F*) (Moré & Wild, 2009). F(u) = f(u, v*(u)) with
+the lower level solved again at u, in closed form or by L-BFGS, so that a v which is no lower
+solution cannot pass; where g leaves v free, f is taken at the lower solution nearest to the
+solver's v. F* is the known optimum, on data the best that any run of the file of results saw, one
+of ``minimize`` with five times the budget among them. F is looked at whenever the evaluations have
+grown by 1.3: counts are rounded up by at most that, or by one step.
 
 Rates: Adam on both levels (upper, lower) in {0.3, 0.1}^2; plain gradient steps on v ("reverse",
 "forward") 1 and 0.3 over the largest curvature at the start; all decay with the share of
@@ -52,7 +56,7 @@ from tqdm import tqdm
 
 from benchmarks.profiles import report
 from benchmarks.profiles.arithmetic import best_known, cost, one_setting
-from benchmarks.profiles.problems import PROBLEMS, instance
+from benchmarks.profiles.problems import LEFT_OUT, PROBLEMS, instance
 from benchmarks.profiles.solvers import SOLVERS, Rates
 from benchmarks.profiles.trial import ACCURACIES, Trial, run
 from examples.shared import command
@@ -138,15 +142,16 @@ def settings(record: Record, options: argparse.Namespace, problems: list[str]) -
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    wrapped = [textwrap.fill(", ".join(names), 96) for names in (SOLVERS, TUNING)]
     text = __doc__ or ""
-    for word, names in zip(("SOLVERS", "TUNING"), wrapped, strict=True):
-        text = text.replace(f"\n{word}\n", "\n" + textwrap.indent(names, "    ") + "\n")
+    for word, names in {"SOLVERS": SOLVERS, "LEFT_OUT": LEFT_OUT, "TUNING": TUNING}.items():
+        lines = textwrap.indent(textwrap.fill(", ".join(names), 96), "    ")
+        text = text.replace(f"\n{word}\n", f"\n{lines}\n")
     parser = command.parser(__spec__, text)
     add = parser.add_argument
-    add("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS), help="(all)")
-    add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="(all)")
-    add("--tuning", nargs="+", choices=PROBLEMS, default=list(TUNING), help="(see above)")
+    of = {"nargs": "+", "metavar": "NAME"}
+    add("--solvers", choices=SOLVERS, default=list(SOLVERS), help="as above (all)", **of)
+    add("--problems", choices=PROBLEMS, default=list(PROBLEMS), help="(all)", **of)
+    add("--tuning", choices=PROBLEMS, default=list(TUNING), help="to tune on (see above)", **of)
     add("--seeds", type=int, default=3, help="starts and splits, from 0 (3)")
     add("--budget", type=int, default=1500, help="evaluations per run (1500)")
     add("--data", type=Path, default=BESIDE, help="folder of the data (beside the checkout)")

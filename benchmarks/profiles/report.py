@@ -106,18 +106,20 @@ def cell(costs: Sequence[float]) -> str:
 
 
 def said(found: Found) -> str:
-    """What was raised or warned of, how often, the first time in words."""
-    lines = collections.Counter[tuple[str, str, str]]()
-    words = dict[tuple[str, str, str], str]()
+    """What was raised or warned of: by whom, how often, where, and the first time in words."""
+    places = collections.defaultdict[tuple[str, str], list[str]](list)
+    words = dict[tuple[str, str], str]()
     for name, results in found.results.items():
         for (problem, _), result in zip(found.places, results, strict=True):
             for text in (result["ended"], result["warned"] and f"warned: {result['warned']}"):
-                if not text.startswith(("raised", "warned")):
-                    continue
-                key = name, problem, text.partition(":")[0]
-                lines[key] += 1
-                words.setdefault(key, " ".join(text.split())[:140])
-    return "\n".join(f"- {n} x {key[0]} on {key[1]}: {words[key]}" for key, n in lines.items())
+                if text.startswith(("raised", "warned")):
+                    key = name, text.partition(":")[0]
+                    places[key].append(problem)
+                    words.setdefault(key, " ".join(text.split())[:160])
+    return "\n".join(
+        f"- {key[0]}, {len(where)} x ({', '.join(dict.fromkeys(where))}): {words[key]}"
+        for key, where in places.items()
+    )
 
 
 def draw(found: Found, path: Path) -> None:
@@ -125,7 +127,7 @@ def draw(found: Found, path: Path) -> None:
     figure = Figure(figsize=(11.0, 8.4), layout="constrained")
     panels = figure.subplots(2, len(found.costs), squeeze=False)
     for column, (accuracy, costs) in enumerate(found.costs.items()):
-        left = f"F - F* ≤ {accuracy:g} of the start's"
+        left = f"solved: F - F* at most {accuracy:g} of the start's"
         top, bottom = panels[0][column], panels[1][column]
         steps(top, costs, 10.0, float(found.budget))
         top.set(title=left, xlabel="evaluations")
@@ -153,15 +155,27 @@ def steps(axes: Axes, costs: Costs, low: float, high: float) -> None:
         axes.annotate(
             name, (1.01, height), xycoords=("axes fraction", "data"), color=SHOWN[name],
             va="center", fontsize=9, annotation_clip=False,
+            weight="bold" if name == "default" else "normal",
         )  # fmt: skip
     axes.set(xscale="log", xlim=(low, high))
+    ticks = [x for x in (1, 3, 10, 30, 100, 300, 1000, 3000) if low <= x <= high]
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def apart(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """The heights moved up, in their order, until they are ``gap`` apart."""
-    placed = dict[str, float]()
-    last = -math.inf
-    for name in sorted(heights, key=lambda name: heights[name]):
-        last = max(heights[name], last + gap)
-        placed[name] = last
-    return placed
+    """The heights, in their order, ``gap`` apart: those that are too close around their mean."""
+    groups = [[name] for name in sorted(heights, key=lambda name: heights[name])]
+
+    def low(group: list[str]) -> float:
+        return statistics.mean(heights[name] for name in group) - gap * (len(group) - 1) / 2
+
+    at = 1
+    while at < len(groups):
+        below, group = groups[at - 1], groups[at]
+        if low(below) + gap * len(below) > low(group) + 1e-12:
+            groups[at - 1 : at + 1] = [below + group]
+            at = max(at - 1, 1)
+        else:
+            at += 1
+    return {name: low(group) + gap * i for group in groups for i, name in enumerate(group)}

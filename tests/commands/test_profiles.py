@@ -257,6 +257,11 @@ def test_problems_without_data_are_skipped_and_named(capsys, tmp_path):
     assert all(f"{name} is skipped" in said for name in ("autompg", "newsgroups"))
 
 
+def test_labels_stand_apart_around_their_heights():
+    placed = report.apart({"a": 0.5, "b": 0.5, "c": 0.9, "d": 0.51}, 0.1)
+    assert placed == pytest.approx({"a": 0.4033, "b": 0.5033, "d": 0.6033, "c": 0.9}, abs=1e-3)
+
+
 def test_a_record_lists_its_runs(tmp_path):
     record = Record(tmp_path / "runs.jsonl")
     record.add({"a": 1}, {"b": 2})
