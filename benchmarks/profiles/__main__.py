@@ -189,6 +189,7 @@ def main() -> None:
             }
             for accuracy in ACCURACIES
         },
+        best=[best[place] for place in places],
         rates=rates,
         budget=options.budget,
     )

@@ -39,6 +39,8 @@ class Found(NamedTuple):
     """By solver."""
     costs: dict[float, Costs]
     """By accuracy."""
+    best: list[float]
+    """F*."""
     rates: dict[str, Rates]
     budget: int
 
@@ -75,6 +77,8 @@ def print_tables(found: Found) -> None:
         rows[name] = [*cells, ", ".join(f"{why} {n}" for why, n in counted)]
     print("\n" + markdown([*header, f"not solved to {finest:g}"], rows))
     print("\n" + by_problem(found, found.costs[finest]))
+    if left := on_data(found):
+        print("\n" + left)
     print("\n" + said(found))
 
 
@@ -96,6 +100,24 @@ def by_problem(found: Found, costs: Costs) -> str:
         rows[problem] = [*cells, f"{solved} of {len(mine)}"]
     header = ["problem", "default", "minimize", "best of the others", "solvers with a solution"]
     return markdown(header, rows)
+
+
+def on_data(found: Found) -> str:
+    """F - F* over the start's at the last look, where F* is only the best that was seen."""
+    first = next(iter(found.results.values()))
+    names = [p for (p, _), r in zip(found.places, first, strict=True) if r["best"] is None]
+    names = list(dict.fromkeys(names))
+    rows = {}
+    for solver, results in found.results.items():
+        left = collections.defaultdict[str, list[float]](list)
+        for (problem, _), best, result in zip(found.places, found.best, results, strict=True):
+            if problem in names and result["path"]:
+                end = result["path"][-1][1]
+                left[problem].append((end - best) / (result["first"] - best))
+        rows[solver] = [
+            f"{statistics.median_high(left[name]):.3f}" if left[name] else "" for name in names
+        ]
+    return markdown(["left of F - F*, median", *names], rows) if names else ""
 
 
 def cell(costs: Sequence[float]) -> str:

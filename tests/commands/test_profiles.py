@@ -257,6 +257,15 @@ def test_problems_without_data_are_skipped_and_named(capsys, tmp_path):
     assert all(f"{name} is skipped" in said for name in ("autompg", "newsgroups"))
 
 
+def test_what_is_left_on_data_is_relative_to_the_start():
+    """F* = 1 of F(u_0) = 5: F = 2 at the end leaves a quarter; known optima are not listed."""
+    runs = [{"first": 5.0, "best": b, "path": [(10, 4.0), (20, 2.0)]} for b in (1.0, None)]
+    places, best = [("sine", 0), ("digits", 0)], [1.0, 1.0]
+    found = report.Found(places, {"cg": runs}, {}, best, {}, 60)
+    assert report.on_data(found).splitlines()[0] == "| left of F - F*, median | digits |"
+    assert report.on_data(found).splitlines()[2] == "| cg | 0.250 |"
+
+
 def test_labels_stand_apart_around_their_heights():
     placed = report.apart({"a": 0.5, "b": 0.5, "c": 0.9, "d": 0.51}, 0.1)
     assert placed == pytest.approx({"a": 0.4033, "b": 0.5033, "d": 0.6033, "c": 0.9}, abs=1e-3)
