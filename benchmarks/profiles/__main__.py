@@ -57,7 +57,7 @@ from tqdm import tqdm
 from benchmarks.profiles import report
 from benchmarks.profiles.arithmetic import best_known, cost, one_setting
 from benchmarks.profiles.problems import LEFT_OUT, PROBLEMS, instance
-from benchmarks.profiles.solvers import SOLVERS, Rates
+from benchmarks.profiles.solvers import EXTRA, SOLVERS, Rates
 from benchmarks.profiles.trial import ACCURACIES, Trial, run
 from examples.shared import command
 from examples.shared.data import BESIDE
@@ -149,7 +149,8 @@ def parse() -> argparse.Namespace:
     parser = command.parser(__spec__, text)
     add = parser.add_argument
     of = {"nargs": "+", "metavar": "NAME"}
-    add("--solvers", choices=SOLVERS, default=list(SOLVERS), help="as above (all)", **of)
+    usual = [name for name in SOLVERS if name not in EXTRA]
+    add("--solvers", choices=SOLVERS, default=usual, help=f"as above (all but {EXTRA})", **of)
     add("--problems", choices=PROBLEMS, default=list(PROBLEMS), help="(all)", **of)
     add("--tuning", choices=PROBLEMS, default=list(TUNING), help="to tune on (see above)", **of)
     add("--seeds", type=int, default=3, help="starts and splits, from 0 (3)")
