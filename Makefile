@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test stress mutations lint suite rates bench bench-report clean
+.PHONY: help demo test stress mutations lint suite rates profiles bench bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -52,6 +52,9 @@ suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optim
 
 rates: $(VENV)/.test  ## errors of the hypergradients under their bounds; table and benchmarks/rates/rates.png
 	$(RUN) -m benchmarks.rates
+
+profiles: $(VENV)/.test  ## share of problems solved against evaluations; tables and benchmarks/profiles/profiles.png
+	$(RUN) -m benchmarks.profiles --picture benchmarks/profiles/profiles.png
 
 bench: $(VENV)/.test  ## time, FLOPs and memory of one step against the peers, into results/speed.json
 	@mkdir -p results

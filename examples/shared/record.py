@@ -29,6 +29,10 @@ class Record:
     def __getitem__(self, run: Line) -> Line:
         return self.lines[self._key(run)]
 
+    def runs(self) -> list[tuple[Line, Line]]:
+        """All finished runs, (what defines it, its result)."""
+        return [(json.loads(key), result) for key, result in self.lines.items()]
+
     def add(self, run: Line, result: Line) -> None:
         self.lines[self._key(run)] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)

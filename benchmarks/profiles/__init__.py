@@ -1,0 +1,1 @@
+"""Data and performance profiles of the package's solvers."""
