@@ -13,6 +13,7 @@ from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
 from .averages import average, ratio
 from .least_squares_state import LeastSquaresState, SubspaceState
+from .preconditioning import Preconditioner, Units, resting
 from .protocol import MultiplierRule
 from .subspace import Past, Products, corrected, correction, expecting, judged
 from .watch import Watch
@@ -81,6 +82,13 @@ class LeastSquares(MultiplierRule):
             of a step where a gradient is cheap, nothing where it rests; None: where v
             has at most 10 million numbers. Never for maps and under lower inequalities, whose
             systems are not symmetric.
+        preconditioner: ``(vectors, power) -> tensors``, P^power times a tuple shaped like those
+            lower parameters that move, for powers 1/2 and -1/2, P symmetric positive definite and
+            as much like H as can be had: a diagonal, Kronecker factors. The multiplier then moves
+            by -P^-1 a / L, L >= ||P^-1/2 H P^-1/2||, six times the call per lower step; where it
+            ends and what the certificate says do not depend on P
+            (``multipliers/preconditioning.py``). None: P = I. Never for maps, with a ridge or under
+            lower inequalities.
     """
 
     shares_evaluation = True
@@ -103,6 +111,7 @@ class LeastSquares(MultiplierRule):
         share: float = 0.3,
         ridge: float = 0.0,
         subspace: bool | None = None,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be > 0, got {damping}; it makes v follow g")
@@ -116,9 +125,16 @@ class LeastSquares(MultiplierRule):
         self.share = share
         self.ridge = ridge
         self.subspace = subspace
+        self.preconditioner = preconditioner
+        self._units = Units.of(preconditioner, ridge)
 
     def for_maps(self) -> LeastSquares:
         """With L >= 1, and no correction, whose forecasts need a symmetric H."""
+        if self._units is not None:
+            raise ValueError(
+                "preconditioner needs the symmetric H of a loss; a map Phi(u, v) may take "
+                "preconditioned steps itself"
+            )
         rule = copy.copy(self)
         rule._least_curvature, rule.subspace = 1.0, False
         return rule
@@ -129,8 +145,9 @@ class LeastSquares(MultiplierRule):
         kind = SubspaceState if corrects else LeastSquaresState
         return kind.at(lower, damping=self.damping)
 
-    def curvature_bound(self, state: LeastSquaresState) -> float:
-        return state.curvature
+    def curvature_bound(self, state: LeastSquaresState) -> float | None:
+        # Else L bounds H in other units.
+        return state.curvature if self._units is None else None
 
     def shift(self, state: LeastSquaresState) -> float:
         return self.ridge * state.curvature
@@ -143,6 +160,12 @@ class LeastSquares(MultiplierRule):
         return due or not _is_backed(state)
 
     def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
+        if self._units is not None:
+            lowered = self._units.lowered
+            return self._units.direction(self._probe(state, lowered(residual), lowered(slope)))
+        return self._probe(state, residual, slope)
+
+    def _probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
         if state.probed > 0:
             return state.probe
@@ -160,14 +183,31 @@ class LeastSquares(MultiplierRule):
         product: Tensors,
         adjoint_residual: Tensors,
     ) -> Subspace | None:
+        vectors = adjoint, product, adjoint_residual
+        if self._units is not None:
+            vectors = self._units.vectors(*vectors)
         if not isinstance(state, SubspaceState) or not state.forecast.is_due(state.steps):
-            return None
+            return None if self._units is None else resting(vectors)
         past = Past(state.past, state.past_product, state.past_move, state.past_move_product)
-        return past.span(adjoint, product, adjoint_residual)
+        return past.span(*vectors)
 
     def lower_update(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, LeastSquaresState]:
+        if self._units is None:
+            after = self._moved(state, evaluation, norms)
+        else:
+            inside = self._units.inside(state, evaluation, norms)
+            after = self._units.outside(self._moved(*inside))
+        residual = evaluation.residual
+        if self.damping != 1.0:
+            residual = scale(residual, self.damping)
+        return axpy(after.pull, evaluation.adjoint_residual, residual), after
+
+    def _moved(
+        self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
+    ) -> LeastSquaresState:
+        """The state after this lower step."""
         seen = self._observed(state, evaluation, norms)
         multiplier, watch = state.multiplier, seen.watch
         if seen.probed > 0 or norms.product > 0:  # else H = 0 for all that is known
@@ -176,16 +216,10 @@ class LeastSquares(MultiplierRule):
             multiplier, seen = self._corrected(multiplier, seen, evaluation.subspace, norms)
         if watch.is_hopeless(state.steps):
             multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
-        residual = evaluation.residual
-        if self.damping != 1.0:
-            residual = scale(residual, self.damping)
-        direction = axpy(seen.pull, evaluation.adjoint_residual, residual)
         probe = state.probe
         if norms.probe_product > 0:
             probe = scale(evaluation.probe_product, 1.0 / norms.probe_product)
-        return direction, seen.but(
-            multiplier=multiplier, probe=probe, watch=watch, steps=state.steps + 1
-        )
+        return seen.but(multiplier=multiplier, probe=probe, watch=watch, steps=state.steps + 1)
 
     def _descended(self, state: LeastSquaresState, adjoint_residual: Tensors) -> Tensors:
         """Nu - (a + mu nu) / (L + mu)."""
