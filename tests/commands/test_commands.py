@@ -51,6 +51,7 @@ SMALL = {
     "benchmarks.engine_choice": "--kinds LSTM --seeds 1 --epochs 1 --record {}/runs.jsonl",
     "benchmarks.house": "",
     "benchmarks.multipliers": "--problems quadratic1 --seeds 1 --share 0.01 --jobs 1",
+    "benchmarks.preconditioner": "--problems digits --seeds 1 --steps 4",
     "benchmarks.rates": "--only solvers --figure {}/figure.png",
     "benchmarks.smd": "--starts 1 --outer 5",
     "benchmarks.suite.minimizer": "d_1978_01 half_space --starts 1 --restarts 0 --budget 200",
