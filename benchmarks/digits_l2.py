@@ -91,12 +91,12 @@ def resolved(f: Any, g: Any, u: Tensor) -> float:
         return float(f(u, v))
 
 
-def solve_lower(g: Any, u: Tensor, v: Tensor, tolerance: float) -> None:
+def solve_lower(g: Any, u: Tensor, v: Tensor, tolerance: float, iterations: int = 20000) -> None:
     """Move v to the minimiser of g(u, .), by L-BFGS."""
     solver = torch.optim.LBFGS(
         [v],
-        max_iter=20000,
-        max_eval=40000,
+        max_iter=iterations,
+        max_eval=2 * iterations,
         history_size=50,
         tolerance_grad=tolerance,
         tolerance_change=0,
