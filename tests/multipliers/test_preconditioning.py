@@ -219,6 +219,28 @@ def test_what_is_no_preconditioner_is_refused_before_anything_moves(
     assert torch.equal(optimizer.adjoint[0], before[1])
 
 
+@pytest.mark.parametrize("subspace", [True, False])
+def test_a_preconditioner_that_turns_bad_between_probes_is_refused(subspace):
+    """At the twelfth lower step, which asks for no probe."""
+    entries = torch.ones(N)
+    u, v = torch.zeros(1, requires_grad=True), torch.ones(N, requires_grad=True)
+    rule = LeastSquares(
+        preconditioner=lambda vectors, power: diagonal(entries)(vectors, power), subspace=subspace
+    )
+    optimizer = PenaltyBilevelOptimizer([u], [v], lower_lr=0.1, penalty=Stationarity(rule))
+
+    def step():
+        optimizer.lower_step(lambda: v.sum() + 0 * u.sum(), lambda: (v - u).square().sum() / 2)
+
+    for _ in range(12):
+        step()
+    assert not rule.probes(optimizer._dual)
+    entries, before = -entries, optimizer.adjoint[0].clone()
+    with pytest.raises(ValueError, match="P must be symmetric positive definite"):
+        step()
+    assert torch.equal(optimizer.adjoint[0], before)
+
+
 def test_what_it_cannot_serve_is_refused():
     with pytest.raises(TypeError, match=r"preconditioner must be callable .* got Tensor"):
         LeastSquares(preconditioner=torch.ones(3))
