@@ -12,8 +12,9 @@ q otherwise, so that the plain step is q <- q - P^{-1} a / L with L the bound of
 speed depends on the condition number of H-hat. The certificate stays ||a||, v follows its rule as
 before, and the guard against negative curvature adds mu P to H in the place of mu I.
 
-P may change, slowly or now and then. nu itself is kept, so the plain step knows nothing of it; the
-correction looks back over the change by two steps, and its forecasts tell what that is worth.
+P may change between lower steps, slowly or now and then, never within one. nu itself is kept, so
+the plain step knows nothing of it; the correction looks back over the change by two steps, and
+its forecasts tell what that is worth.
 A checkpoint does not hold P: give the same one to the rule that goes on.
 
 Where the unknowns have the scales of raw columns, the diagonal of H is all that is needed:
@@ -173,7 +174,8 @@ class Units:
             raise ValueError(
                 "preconditioner(vectors, 0.5) and preconditioner(vectors, -0.5) do not belong to "
                 f"one symmetric P: <q, H q> is {norms.curvature:.3g} and "
-                f"<P^1/2 q, P^-1/2 H q> is {found:.3g}; return P^power times the vectors"
+                f"<P^1/2 q, P^-1/2 H q> is {found:.3g}; return P^power times the vectors, "
+                "with the same P throughout a lower step"
             )
         return adjoint, product
 
