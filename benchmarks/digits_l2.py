@@ -33,11 +33,16 @@ from examples.shared import command
 from torch_penalty_bilevel import BilevelWarning, MinimizeResult, functional, minimize
 
 
-def losses(seed: int) -> tuple[Any, Any]:
-    """F and g."""
+def samples(seed: int) -> tuple[Tensor, Tensor]:
+    """All images (n, 64), the 600 for training first, and their classes."""
     data, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    x, y = torch.tensor(data)[order] / 16, torch.tensor(labels)[order]
+    return torch.tensor(data)[order] / 16, torch.tensor(labels)[order]
+
+
+def losses(seed: int) -> tuple[Any, Any]:
+    """F and g."""
+    x, y = samples(seed)
 
     def f(u: Tensor, v: Tensor) -> Tensor:
         return cross_entropy(x[600:1000] @ v, y[600:1000])
@@ -86,12 +91,12 @@ def resolved(f: Any, g: Any, u: Tensor) -> float:
         return float(f(u, v))
 
 
-def solve_lower(g: Any, u: Tensor, v: Tensor, tolerance: float) -> None:
+def solve_lower(g: Any, u: Tensor, v: Tensor, tolerance: float, iterations: int = 20000) -> None:
     """Move v to the minimiser of g(u, .), by L-BFGS."""
     solver = torch.optim.LBFGS(
         [v],
-        max_iter=20000,
-        max_eval=40000,
+        max_iter=iterations,
+        max_eval=2 * iterations,
         history_size=50,
         tolerance_grad=tolerance,
         tolerance_change=0,

@@ -179,5 +179,9 @@ def test_a_run_goes_on_from_its_checkpoint():
 def test_what_excludes_each_other_is_refused():
     with pytest.raises(ValueError, match="correct_lower=True uses what the multiplier's"):
         LeastSquares(subspace=False, correct_lower=True)
-    with pytest.raises(ValueError, match="needs a lower loss, whose second derivative is symm"):
+    with pytest.raises(ValueError, match="need the symmetric H of a lower loss"):
         LeastSquares(correct_lower=True).for_maps()
+    with pytest.raises(ValueError, match="a preconditioner moves the multiplier in others"):
+        LeastSquares(correct_lower=True, preconditioner=lambda vectors, power: vectors)
+    with pytest.raises(TypeError, match="correct_lower must be True or False, got 3"):
+        LeastSquares(correct_lower=3)

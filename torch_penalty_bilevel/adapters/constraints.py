@@ -248,7 +248,8 @@ class ConstrainedLevels:
         if self.lower.inequalities and penalty.rule.curvature_bound(dual) is None:
             raise ValueError(
                 "an Inequality in lower_constraint needs a multiplier rule that knows a bound on "
-                'H: use penalty="stationarity" with LeastSquares(), or a Box, Simplex or Ball'
+                'H: use penalty="stationarity" with LeastSquares() and no preconditioner, or a '
+                "Box, Simplex or Ball"
             )
 
     def check_comparable(self) -> None:

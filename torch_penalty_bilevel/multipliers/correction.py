@@ -11,6 +11,22 @@ from .least_squares_state import SubspaceState
 from .protocol import Jump
 
 
+def check_asked(correct_lower: bool, subspace: bool | None, has_units: bool) -> None:
+    """Raise ValueError where options of a rule exclude each other, TypeError for no truth value."""
+    if correct_lower not in (True, False):
+        raise TypeError(f"correct_lower must be True or False, got {correct_lower!r}")
+    if correct_lower and subspace is False:
+        raise ValueError(
+            "correct_lower=True uses what the multiplier's correction knows of H, and "
+            "subspace=False switches that off; leave subspace away"
+        )
+    if correct_lower and has_units:
+        raise ValueError(
+            "correct_lower=True moves v in its own units and a preconditioner moves the multiplier "
+            "in others; pass one of them"
+        )
+
+
 def corrected(
     multiplier: Tensors, state: SubspaceState, subspace: Subspace | None, norms: Norms, shift: float
 ) -> tuple[Tensors, SubspaceState]:

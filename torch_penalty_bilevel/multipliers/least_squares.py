@@ -12,8 +12,9 @@ import math
 from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
 from .averages import average, ratio
-from .correction import corrected, lower_jump
+from .correction import check_asked, corrected, lower_jump
 from .least_squares_state import LeastSquaresState, SubspaceState
+from .preconditioning import Preconditioner, Units, resting
 from .protocol import Jump, MultiplierRule
 from .subspace import Past
 from .watch import Watch
@@ -87,6 +88,13 @@ class LeastSquares(MultiplierRule):
             No further product and no further vector. Where g is ill-conditioned and f and g see no
             batches v then follows u many times faster; at a gain of 0, under batches, nothing
             changes. Not while a lower rate is 0; g is a loss, without inequalities.
+        preconditioner: ``(vectors, power) -> tensors``, P^power times a tuple shaped like those
+            lower parameters that move, for powers 1/2 and -1/2, P symmetric positive definite and
+            as much like H as can be had: a diagonal, Kronecker factors. The multiplier then moves
+            by -P^-1 a / L, L >= ||P^-1/2 H P^-1/2||, six times the call per lower step; where it
+            ends and what the certificate says do not depend on P
+            (``multipliers/preconditioning.py``). None: P = I. Never for maps, with a ridge or under
+            lower inequalities.
     """
 
     shares_evaluation = True
@@ -110,6 +118,7 @@ class LeastSquares(MultiplierRule):
         ridge: float = 0.0,
         subspace: bool | None = None,
         correct_lower: bool = False,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be > 0, got {damping}; it makes v follow g")
@@ -122,20 +131,18 @@ class LeastSquares(MultiplierRule):
         self.damping = damping
         self.share = share
         self.ridge = ridge
-        if correct_lower and subspace is False:
-            raise ValueError(
-                "correct_lower=True uses what the multiplier's correction knows of H, and "
-                "subspace=False switches that off; leave subspace away"
-            )
+        check_asked(correct_lower, subspace, preconditioner is not None)
         self.subspace = True if correct_lower else subspace
-        self.correct_lower = bool(correct_lower)
+        self.correct_lower = correct_lower
+        self.preconditioner = preconditioner
+        self._units = Units.of(preconditioner, ridge)
 
     def for_maps(self) -> LeastSquares:
         """With L >= 1, and no correction, whose forecasts need a symmetric H."""
-        if self.correct_lower:
+        if self.correct_lower or self._units is not None:
             raise ValueError(
-                "correct_lower=True needs a lower loss, whose second derivative is symmetric; the "
-                "lower closure returns a map, so leave it away"
+                "correct_lower and preconditioner need the symmetric H of a lower loss; leave them "
+                "away where the lower closure returns a map, which may take such steps itself"
             )
         rule = copy.copy(self)
         rule._least_curvature, rule.subspace = 1.0, False
@@ -147,8 +154,9 @@ class LeastSquares(MultiplierRule):
         kind = SubspaceState if corrects else LeastSquaresState
         return kind.at(lower, damping=self.damping)
 
-    def curvature_bound(self, state: LeastSquaresState) -> float:
-        return state.curvature
+    def curvature_bound(self, state: LeastSquaresState) -> float | None:
+        # Else L bounds H in other units.
+        return state.curvature if self._units is None else None
 
     def correction_gain(self, state: LeastSquaresState) -> float:
         return state.forecast.gain if isinstance(state, SubspaceState) else math.nan
@@ -164,6 +172,12 @@ class LeastSquares(MultiplierRule):
         return due or not _is_backed(state)
 
     def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
+        if self._units is not None:
+            lowered = self._units.lowered
+            return self._units.direction(self._probe(state, lowered(residual), lowered(slope)))
+        return self._probe(state, residual, slope)
+
+    def _probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
         # nu is excited by grad_v f and v by r, so their directions are where curvature matters.
         if state.probed > 0:
             return state.probe
@@ -182,11 +196,14 @@ class LeastSquares(MultiplierRule):
         adjoint_residual: Tensors,
         residual: Tensors,
     ) -> Subspace | None:
+        vectors = adjoint, product, adjoint_residual
+        if self._units is not None:
+            vectors = self._units.vectors(*vectors)
         if not isinstance(state, SubspaceState) or not state.forecast.is_due(state.steps):
-            return None
+            return None if self._units is None else resting(vectors)
         past = Past(state.past, state.past_product, state.past_move, state.past_move_product)
-        slopes = (adjoint_residual, residual) if self.correct_lower else (adjoint_residual,)
-        return past.span(adjoint, product, slopes)
+        rest = (residual,) if self.correct_lower else ()
+        return past.span(*vectors, *rest)
 
     def jump(self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms) -> Jump | None:
         if not self.correct_lower or not isinstance(state, SubspaceState):
@@ -196,6 +213,20 @@ class LeastSquares(MultiplierRule):
     def lower_update(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, LeastSquaresState]:
+        if self._units is None:
+            after = self._moved(state, evaluation, norms)
+        else:
+            inside = self._units.inside(state, evaluation, norms)
+            after = self._units.outside(self._moved(*inside))
+        residual = evaluation.residual
+        if self.damping != 1.0:
+            residual = scale(residual, self.damping)
+        return axpy(after.pull, evaluation.adjoint_residual, residual), after
+
+    def _moved(
+        self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
+    ) -> LeastSquaresState:
+        """The state after this lower step."""
         seen = self._observed(state, evaluation, norms)
         multiplier, watch = state.multiplier, seen.watch
         if seen.probed > 0 or norms.product > 0:  # else H = 0 for all that is known
@@ -205,16 +236,10 @@ class LeastSquares(MultiplierRule):
             multiplier, seen = corrected(multiplier, seen, evaluation.subspace, norms, shift)
         if watch.is_hopeless(state.steps):
             multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
-        residual = evaluation.residual
-        if self.damping != 1.0:
-            residual = scale(residual, self.damping)
-        direction = axpy(seen.pull, evaluation.adjoint_residual, residual)
         probe = state.probe
         if norms.probe_product > 0:
             probe = scale(evaluation.probe_product, 1.0 / norms.probe_product)
-        return direction, seen.but(
-            multiplier=multiplier, probe=probe, watch=watch, steps=state.steps + 1
-        )
+        return seen.but(multiplier=multiplier, probe=probe, watch=watch, steps=state.steps + 1)
 
     def _descended(self, state: LeastSquaresState, adjoint_residual: Tensors) -> Tensors:
         """Nu - (a + mu nu) / (L + mu)."""

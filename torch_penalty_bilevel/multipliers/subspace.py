@@ -58,7 +58,7 @@ class Past(NamedTuple):
     move: Tensors
     move_product: Tensors
 
-    def span(self, multiplier: Tensors, product: Tensors, slopes: tuple[Tensors, ...]) -> Subspace:
+    def span(self, multiplier: Tensors, product: Tensors, *slopes: Tensors) -> Subspace:
         """With the latest multiplier and its product; ``slopes``: a, and r where v is corrected."""
         product = _like(product, multiplier)
         basis = multiplier, axpy(-1.0, self.multiplier, multiplier), self.move
