@@ -31,8 +31,8 @@ def cell(values: Sequence[float], warned: int = 0) -> str:
 def table(title: str, rules: Sequence[str], problems: Sequence[str], ends: Ends) -> str:
     """One row per rule.
 
-    The second column counts the problems on which the rule is below and above the default in
-    every seed.
+    The third column counts the problems on which the rule is below and above the default by more
+    than a tenth in every seed.
     """
     value, last = TABLES[title], title == [*TABLES][-1]
 
@@ -46,8 +46,8 @@ def table(title: str, rules: Sequence[str], problems: Sequence[str], ends: Ends)
         if rule == AGAINST or AGAINST not in rules:
             return ""
         pairs = [[*zip(values(rule, p), values(AGAINST, p), strict=True)] for p in problems]
-        below = sum(bool(each) and all(a < b for a, b in each) for each in pairs)
-        above = sum(bool(each) and all(a > b for a, b in each) for each in pairs)
+        below = sum(bool(each) and all(a < 0.9 * b for a, b in each) for each in pairs)
+        above = sum(bool(each) and all(0.9 * a > b for a, b in each) for each in pairs)
         return f"{below}, {above}"
 
     def cost(rule: str) -> str:

@@ -177,9 +177,8 @@ def test_with_batches_the_exact_rule_has_the_multiplier_of_all_data():
     found, solves = steps_of(task, "exact", 4)
     assert solves == 4
     assert all(look.here < 1e-10 for look, _, _ in found)
-    # The batch's own gradient, which moves u, is another; at v = 0, where it starts, both are 0.
-    _, judged, applied = found[-1]
-    assert (judged - applied).norm() > 0.05 * judged.norm() > 0
+    others, _ = steps_of(task, "default", 4)
+    assert others[-1][0].here > 1e-3
 
 
 def test_a_run_that_breaks_off_is_infinite():
