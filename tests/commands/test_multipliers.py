@@ -165,6 +165,19 @@ def test_the_exact_rule_has_no_error_of_its_own(name):
     assert max(look.here for look, _, _ in others) > 1e-3
 
 
+def test_the_exact_multiplier_stays_until_the_next_evaluation_that_serves_u():
+    task = problems.make("quadratic1", 0, NOWHERE)
+    optimizer, penalty, u, v = runs.optimizer_of(task, "exact")
+    losses = (lambda: task.f(u, v)), (lambda: task.g(u, v))
+    optimizer.step(*losses)
+    served = penalty.q
+    for _ in range(task.lower_steps - 1):
+        optimizer.lower_step(*losses)
+        assert_close(penalty.q, served, rtol=0, atol=0)
+    optimizer.lower_step(*losses)
+    assert (penalty.q - served).norm() > 1e-3 * served.norm()
+
+
 def test_another_sign_or_length_of_the_exact_multiplier_is_seen():
     task = problems.make("quadratic1", 0, NOWHERE)
     for change, least in ((torch.neg, 0.1), (lambda q: 1.01 * q, 1e-4)):
