@@ -33,25 +33,29 @@ from examples.shared import command
 from torch_penalty_bilevel import BilevelWarning, MinimizeResult, functional, minimize
 
 
-def samples(seed: int) -> tuple[Tensor, Tensor]:
-    """All images (n, 64), the 600 for training first, and their classes."""
+def shuffled(seed: int) -> tuple[Tensor, Tensor]:
+    """Images and labels; the first 600 are for training, the next 400 for validation."""
     data, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(data)[order] / 16, torch.tensor(labels)[order]
 
 
-def losses(seed: int) -> tuple[Any, Any]:
-    """F and g."""
-    x, y = samples(seed)
+def losses_on(x: Tensor, y: Tensor, training: Any, validation: Any) -> tuple[Any, Any]:
+    """F and g of these rows (slices or indices)."""
 
     def f(u: Tensor, v: Tensor) -> Tensor:
-        return cross_entropy(x[600:1000] @ v, y[600:1000])
+        return cross_entropy(x[validation] @ v, y[validation])
 
     def g(u: Tensor, v: Tensor) -> Tensor:
         penalty = (u.exp()[:, None] * v.square()).sum() / 2
-        return cross_entropy(x[:600] @ v, y[:600]) + penalty
+        return cross_entropy(x[training] @ v, y[training]) + penalty
 
     return f, g
+
+
+def losses(seed: int) -> tuple[Any, Any]:
+    """F and g of all rows."""
+    return losses_on(*shuffled(seed), slice(600), slice(600, 1000))
 
 
 def nested(f: Any, g: Any, u: Tensor, target: float) -> None:

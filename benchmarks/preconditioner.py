@@ -55,7 +55,7 @@ def digits(seed: int, data: Path) -> Problem:
     """One L2 weight per pixel."""
     torch.set_default_dtype(torch.float64)
     f, g = digits_l2.losses(seed)
-    x = digits_l2.samples(seed)[0][:600]
+    x = digits_l2.shuffled(seed)[0][:600]
     u = torch.full((64,), -7.0, requires_grad=True)
     v = torch.zeros(64, 10, requires_grad=True)
 

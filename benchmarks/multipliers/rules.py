@@ -1,4 +1,4 @@
-"""The multiplier rules that ``multipliers.py`` compares with the default.
+"""The multiplier rules that ``python -m benchmarks.multipliers`` compares with the default.
 
 Letters: r = grad_v g the residual, nu the multiplier, H = d2g/dv2, a = grad_v f + H nu. With the
 guard against negative curvature mu, e = a + mu nu is the gradient that the default descends with
