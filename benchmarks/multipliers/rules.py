@@ -29,6 +29,20 @@ def shaped(vector: Tensor, like: Tensors) -> Tensors:
     return tuple(part.reshape(t.shape) for part, t in zip(parts, like, strict=True))
 
 
+class Energy(LeastSquares):
+    """The default with its correction by least energy alone, as conjugate gradients."""
+
+    def _reach(self, norms: Norms) -> float:
+        return 1.0
+
+
+class Residual(LeastSquares):
+    """The same by least residual alone, blind to what H does not reach."""
+
+    def _reach(self, norms: Norms) -> float:
+        return 0.0
+
+
 class Stepped(LeastSquares):
     """The default with another step of nu; the way of v, L, the guard and the watch stay."""
 

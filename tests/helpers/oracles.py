@@ -79,6 +79,7 @@ class LeastSquaresTwin:
             self.v = self.lower(self.v, self.damping * r + self.w * a)
             self.upper_grad = f_u + J @ self.nu  # at the point and with the nu of this evaluation
             self.certificate, self.residual = a.norm(), r.norm()
+            self.reach = max(0.0, 1 - float(a.norm() / f_v.norm())) / 2
             self.C = 0.9 * self.C + 0.1 * float(self.nu @ Hnu)
             self.N = 0.9 * self.N + 0.1 * float(self.nu @ self.nu)
             self.kappa = max(0.99 * self.kappa, -self.C / self.N if self.N > 0 else 0.0)
@@ -88,7 +89,8 @@ class LeastSquaresTwin:
         self.u = self.upper(self.u, self.upper_grad)
 
     def moved(self, Hnu, a, L):
-        """Galerkin in the span V of the last three nu, from images remembered under today's mu."""
+        """Least energy and least residual, mixed, in the span V of the last three nu, from images
+        remembered under today's mu."""
         if self.idle >= 20 and self.k % 100 < 90:
             self.idle, self.told = self.idle + 1, None
             return self.nu - a / L
@@ -112,14 +114,18 @@ class LeastSquaresTwin:
         V, HV = U[:, S**2 > 1e-5], (W / lengths @ Z.T / S)[:, S**2 > 1e-5]
         error = float((V.T @ HV - HV.T @ V).norm()) / 2
         theta, E = torch.linalg.eigh((V.T @ HV + HV.T @ V) / 2)
-        kept = theta > max(1e-3 * L, 2 * error)
-        V, HV, theta = (M[..., kept] for M in (V @ E, HV @ E, theta))
-        c = -gain * (V.T @ a) / theta
-        after = a + HV @ c
+        least = max(1e-3 * L, 2 * error)
+        kept = theta > least
+        c = -(E[:, kept] * (1 / theta[kept])) @ (E[:, kept].T @ (V.T @ a))
+        U, lengths, Z = torch.linalg.svd(HV, full_matrices=False)
+        kept = lengths > least
+        c_R = -(Z[kept].T / lengths[kept]) @ (U[:, kept].T @ a)
+        c = self.reach * c + (1 - self.reach) * c_R
+        move, after = gain * V @ c, a + gain * HV @ c
         P, HP = B[:, :2], W[:, :2]
         self.told = P, P.T @ a, P.T @ after - HP.T @ after / L, float(a @ a)
         self.gains.append(gain)
-        return self.nu + V @ c - after / L
+        return self.nu + move - after / L
 
 
 def within(P, along):

@@ -78,7 +78,7 @@ def test_the_matrix_is_that_of_the_multiplier():
     products = Products.of(tuple((rows @ rows.T).reshape(-1).tolist()), 0.0)
     assert products.lower_slopes == pytest.approx((rows[:3] @ rows[7]).tolist())
     swapped = products._replace(slopes=products.lower_slopes)
-    assert lower_correction(products, 1.0, 0.5) == correction(swapped, 1.0, 0.5)
+    assert lower_correction(products, 1.0, 0.5) == pytest.approx(correction(swapped, 1.0, 0.5, 1.0))
     assert lower_correction(products, 1.0, 0.0) == [0.0] * 3
 
 

@@ -6,8 +6,10 @@ import torch
 from torch_penalty_bilevel.multipliers import small_matrices as small
 from torch_penalty_bilevel.multipliers.subspace import (
     Products,
-    _some_conjugate_directions,
-    conjugate_directions,
+    believed,
+    conjugate,
+    correction,
+    orthonormal,
 )
 
 
@@ -62,9 +64,15 @@ def test_a_diagonal_of_ones():
     torch.testing.assert_close(torch.tensor(small.unit_diagonal(matrix.tolist())), right)
 
 
-def products(basis, mixed):
-    zeros = [0.0] * 3
-    return Products(basis.tolist(), mixed.tolist(), [zeros] * 3, zeros, zeros, 0.0, zeros, True)
+def products(basis, mixed, images=None, slopes=(0.0,) * 3, image_slopes=(0.0,) * 3):
+    images = mixed @ mixed if images is None else images
+    matrices = (m.tolist() for m in (basis, mixed, images))
+    return Products(*matrices, list(slopes), list(image_slopes), 0.0, [0.0] * 3, True)
+
+
+def conjugate_directions(given):
+    rows, curvature, least = believed(given, 1.0)
+    return conjugate(curvature, least, rows)
 
 
 def inverse(rows):
@@ -73,17 +81,22 @@ def inverse(rows):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_both_ways_find_the_same_inverse(seed):
-    """Numbers where all directions are believed, eigenvectors where some are not."""
+def test_the_inverse_of_the_curvature_whatever_the_units_of_the_directions(seed):
     scale = torch.tensor([1e-4, 1.0, 1e4])
     basis = positive(seed) * scale * scale[:, None]
     curvature = positive(seed + 50) * scale * scale[:, None]
-    given = products(basis, curvature)
-    found = inverse(conjugate_directions(given, 1.0))
-    by_eigenvectors = inverse(_some_conjugate_directions(given, 1.0))
-    unscaled = torch.linalg.inv(curvature / (scale * scale[:, None])) / (scale * scale[:, None])
-    torch.testing.assert_close(found, unscaled, rtol=1e-9, atol=0)
-    torch.testing.assert_close(by_eigenvectors, unscaled, rtol=1e-9, atol=0)
+    found = inverse(conjugate_directions(products(basis, curvature)))
+    right = torch.linalg.inv(curvature / (scale * scale[:, None])) / (scale * scale[:, None])
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_ways_find_the_same(seed, monkeypatch):
+    """Numbers where all directions are believed, eigenvectors where some are not."""
+    given = products(positive(seed), positive(seed + 50))
+    by_numbers = inverse(conjugate_directions(given))
+    monkeypatch.setattr("torch_penalty_bilevel.multipliers.subspace.is_positive", lambda *_: False)
+    torch.testing.assert_close(inverse(conjugate_directions(given)), by_numbers)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,7 @@ def test_both_ways_find_the_same_inverse(seed):
 )
 def test_what_is_not_believed_is_left_out(basis, curvature, believed):
     given = products(torch.diag(torch.tensor(basis)), torch.diag(torch.tensor(curvature)))
-    rows = conjugate_directions(given, 1.0)
+    rows = conjugate_directions(given)
     assert len(rows) == believed
     right = torch.diag(torch.tensor([1 / c if c > 1e-3 else 0.0 for c in curvature]))
     torch.testing.assert_close(inverse(rows), right)
@@ -107,11 +120,17 @@ def test_what_is_not_believed_is_left_out(basis, curvature, believed):
 def test_images_that_are_not_symmetric_are_not_believed():
     """An antisymmetric part of norm .4 x sqrt 2 outweighs the curvature .5, not 2."""
     curvature = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.4], [0.0, -0.4, 0.5]])
-    rows = conjugate_directions(products(torch.eye(3), curvature), 1.0)
-    torch.testing.assert_close(inverse(rows), torch.diag(torch.tensor([0.5, 0.5, 0.0])))
+    given = products(torch.eye(3), curvature)
+    right = torch.diag(torch.tensor([0.5, 0.5, 0.0]))
+    torch.testing.assert_close(inverse(conjugate_directions(given)), right)
+    # Nor is (HB)'HB = diag(4, 4 + .16, .25 + .16) in what is shorter than twice that norm.
+    slopes = products(torch.eye(3), curvature, torch.diag(torch.tensor([4.0, 4.0, 0.4])))
+    slopes = slopes._replace(image_slopes=[4.0, 4.0, 4.0])
+    assert correction(slopes, 1.0, 1.0, 0.0) == pytest.approx([-1.0, -1.0, 0.0])
 
 
 def test_parallel_directions_count_as_one():
     basis = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0 + 1e-6, 0.0], [0.0, 0.0, 1.0]])
-    rows = conjugate_directions(products(basis, basis), 1.0)
-    assert len(rows) == 2
+    assert len(conjugate_directions(products(basis, basis))) == 2
+    rows = torch.tensor(orthonormal(basis.tolist()))
+    torch.testing.assert_close(rows @ basis @ rows.T, torch.eye(2), rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import torch
 
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
 from torch_penalty_bilevel.constraints import Inequality
+from torch_penalty_bilevel.evaluation import Norms
 from torch_penalty_bilevel.multipliers import DualState
 from torch_penalty_bilevel.multipliers.forecast import Forecast
 from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState, SubspaceState
@@ -143,10 +144,40 @@ def test_a_shift_is_that_of_the_shifted_system():
     for name in Products._fields:
         found, right = (torch.tensor(getattr(p, name)) for p in (shifted, expected))
         torch.testing.assert_close(found, right, msg=name)
-    basis = torch.stack(vectors, 1)
-    galerkin = -torch.linalg.solve(basis.T @ moved @ basis, basis.T @ (residual + mu * vectors[0]))
-    found = torch.tensor(correction(shifted, 1.0, 0.5))
-    torch.testing.assert_close(found, 0.5 * galerkin, rtol=1e-8, atol=1e-10)
+    basis, right = torch.stack(vectors, 1), residual + mu * vectors[0]
+    images = moved @ basis
+    energy = -torch.linalg.solve(basis.T @ images, basis.T @ right)
+    least = torch.linalg.lstsq(images, -right[:, None]).solution[:, 0]
+    for reach in (0.0, 0.3, 1.0):
+        found = torch.tensor(correction(shifted, 1.0, 0.5, reach))
+        expected = 0.5 * (reach * energy + (1 - reach) * least)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    assert correction(shifted, 1.0, 0.0, 0.3) == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("certificate", "slope", "reach"),
+    [(0.0, 2.0, 0.5), (1.0, 2.0, 0.25), (2.0, 2.0, 0.0), (3.0, 2.0, 0.0), (1.0, 0.0, 0.5)],
+)
+def test_energy_counts_as_far_as_the_certificate_shows(certificate, slope, reach):
+    """No more of grad_v f lies beyond H than a; at most a half."""
+    names = {"adjoint_residual": certificate, "slope": slope}
+    rest = dict.fromkeys(Norms._fields[:8], 0.0)
+    assert LeastSquares()._reach(Norms(**rest | names)) == pytest.approx(reach)
+
+
+def test_what_h_does_not_reach_leaves_the_rest_alone():
+    """Two thirds of grad_v f lie in the kernel of H: what H reaches is solved all the same."""
+    eigenvalues = torch.cat((torch.zeros(20), torch.logspace(0, 2, 10)))
+    errors = []
+    for options in ({}, {"subspace": False}):
+        _, optimizer = certificate(eigenvalues, 100, **options)
+        errors.append(float(optimizer._seen[2].adjoint_residual))
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(30, 30, generator=generator)).Q
+    beyond = float((basis[:, :20].T @ torch.randn(30, generator=generator)).norm())
+    reached = [(error**2 - beyond**2) ** 0.5 / beyond for error in errors]
+    assert reached[0] < 0.01 < 0.2 * reached[1]  # 0.018 by energy alone
 
 
 def test_squares_that_overflow_are_told():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, cast_like, combination, sum_of
-from . import subspace as galerkin
+from . import subspace as spans
 from .averages import ratio
 from .forecast import expecting, judged
 from .least_squares_state import SubspaceState
@@ -28,7 +28,12 @@ def check_asked(correct_lower: bool, subspace: bool | None, has_units: bool) -> 
 
 
 def corrected(
-    multiplier: Tensors, state: SubspaceState, subspace: Subspace | None, norms: Norms, shift: float
+    multiplier: Tensors,
+    state: SubspaceState,
+    subspace: Subspace | None,
+    norms: Norms,
+    shift: float,
+    reach: float,
 ) -> tuple[Tensors, SubspaceState]:
     """``multiplier``, which is past its plain step, and a state that remembers the span.
 
@@ -38,17 +43,18 @@ def corrected(
         subspace: None where the correction rests.
         norms: with the inner products of ``subspace``.
         shift: mu.
+        reach: rho.
     """
     if subspace is None:
         return multiplier, state.but(forecast=state.forecast.resting())
     bound = state.curvature + shift
-    products = galerkin.Products.of(norms.inner_products, shift)
+    products = spans.Products.of(norms.inner_products, shift)
     forecast = state.forecast
     if products.are_finite:
         forecast = judged(forecast, products)
-        coefficients = galerkin.correction(products, bound, forecast.gain)
+        coefficients = spans.correction(products, bound, forecast.gain, reach)
         step = ratio(1.0, bound)
-        multiplier = galerkin.corrected(multiplier, subspace, coefficients, step, shift)
+        multiplier = spans.corrected(multiplier, subspace, coefficients, step, shift)
         forecast = expecting(forecast, products, coefficients, step)
     (past, move, _), (past_product, move_product, _) = subspace.basis, subspace.images
     return multiplier, state.but(
@@ -71,11 +77,11 @@ def lower_jump(
     subspace = evaluation.subspace
     if subspace is None:
         return None
-    products = galerkin.Products.of(norms.inner_products, shift)
+    products = spans.Products.of(norms.inner_products, shift)
     if not products.are_finite:
         return None
     bound, gain = state.curvature + shift, state.forecast.gain
-    coefficients = galerkin.lower_correction(products, bound, gain)
+    coefficients = spans.lower_correction(products, bound, gain)
     if not any(coefficients):
         return None
     image = cast_like(combination(coefficients, subspace.images), evaluation.residual)

@@ -35,9 +35,10 @@ class LeastSquares(MultiplierRule):
     vanish, and nu is then exactly -H^{-1} grad_v f. There is no ||r||^2 term (gamma = 0): nu does
     not depend on the batch at hand, so the upper gradient is unbiased under minibatches.
 
-    To this step comes a Galerkin correction in the span of the latest three multipliers, whose
-    products with H are known: conjugate gradients where v stands still, nothing where batches make
-    it worthless, as its own forecasts tell (``multipliers/subspace.py``).
+    To this step comes a correction in the span of the latest three multipliers, whose products
+    with H are known: between conjugate gradients and minimal residuals where v stands still,
+    nothing where batches make it worthless, as its own forecasts tell
+    (``multipliers/subspace.py``, ``multipliers/forecast.py``).
 
     L bounds ||H||_2: the running maximum of ||H q|| / ||q|| and of a power iteration that costs one
     more product in the first 10 lower steps, in every 20th after, and in every step in which its
@@ -233,7 +234,8 @@ class LeastSquares(MultiplierRule):
             multiplier = self._descended(seen, evaluation.adjoint_residual)
         if isinstance(seen, SubspaceState):
             shift = self._whole_shift(seen)
-            multiplier, seen = corrected(multiplier, seen, evaluation.subspace, norms, shift)
+            how = norms, shift, self._reach(norms)
+            multiplier, seen = corrected(multiplier, seen, evaluation.subspace, *how)
         if watch.is_hopeless(state.steps):
             multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
         probe = state.probe
@@ -248,6 +250,10 @@ class LeastSquares(MultiplierRule):
         if shift > 0:
             multiplier = scale(multiplier, 1.0 - shift * step)
         return axpy(-step, adjoint_residual, multiplier)
+
+    def _reach(self, norms: Norms) -> float:
+        """Rho of the correction."""
+        return max(0.0, 1.0 - ratio(norms.adjoint_residual, norms.slope)) / 2.0
 
     def _whole_shift(self, state: LeastSquaresState) -> float:
         """Mu."""

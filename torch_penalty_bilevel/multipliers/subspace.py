@@ -1,17 +1,33 @@
-r"""A Galerkin correction of the multiplier in the span of where it has been, at no further product.
+r"""A correction of the multiplier in the span of where it has been, at no further product.
 
 Letters: q the multiplier, w = H q its product, s = grad_v f, a = s + w; b_i the directions q,
 q - q_-1 and q_-1 - q_-2 of the latest three multipliers, w_i = H b_i; mu the shift, L >= ||H||.
 
 .. math::
-    c = -\text{gain}\,(B'HB)^{-1}B'a, \qquad
-    a_g = a + HBc, \qquad q \leftarrow q + Bc - a_g / L
+    c_E = -(B'HB)^{-1}B'a, \qquad c_R = -(B'HHB)^{-1}B'Ha, \qquad
+    c = \text{gain}\,(\rho\, c_E + (1 - \rho)\, c_R)
+
+.. math:: a_g = a + HBc, \qquad q \leftarrow q + Bc - a_g / L
+
+c_E is least in energy q'Hq/2 + s'q: Galerkin's condition, conjugate gradients. c_R is least in
+||a + HBc||: minimal residuals. Energy goes far along flat directions, where it is right and
+residuals are slow. Where f has to choose within argmin g, a part s_0 of s lies in the kernel of H.
+No multiplier reaches it, the energy falls along it for ever, and c_E pays for that fall with errors
+in all that H does reach, and J with it. ||s_0|| <= ||a||, so the relative certificate bounds its
+share:
+
+.. math:: \rho = \max(0, 1 - \lVert a\rVert / \lVert s\rVert) / 2
+
+At most a half, as a small s_0 hides behind a small certificate for long. Both alone, other weights
+and a weighted sum of the two aims are worse on the digits or where H is singular
+(``benchmarks/multipliers``: rules "energy" and "residual").
 
 B'HB is made symmetric in an orthonormal basis of span B. What was not symmetric is error: images
 that are old, or of other batches. Directions in which B'HB curves by less than 1e-3 L, or
-than twice the norm of that error, are left to the last term, the plain step. On a system that
-stands still this is the method of conjugate gradients cut short, one product late: H acts
-on what the plain step added only in the evaluation after it. Differences of multipliers and not the
+than twice the norm of that error, are left to the last term, the plain step; for c_R that are those
+whose images are shorter. On a system that stands still c_E alone is the method of conjugate
+gradients cut short, one product late: H acts on what the plain step added only in the evaluation
+after it. Differences of multipliers and not the
 multipliers themselves, which are nearly parallel: so the inner products of float32 vectors tell
 the directions apart.
 
@@ -130,53 +146,72 @@ class Products(NamedTuple):
         )
 
 
-def conjugate_directions(products: Products, bound: float) -> Matrix:
-    """Rows x_i with <B x_i, H B x_j> = 1 where i = j, else 0; only what curves enough to believe.
+def orthonormal(basis: Matrix) -> Matrix:
+    """Rows x_i with <B x_i, B x_j> = 1 where i = j, else 0; parallel directions count as one."""
+    unit = unit_diagonal(basis)
+    if is_positive(unit, PARALLEL):
+        return whitening(basis)
+    scale = [1.0 / math.sqrt(basis[i][i]) if basis[i][i] > 0 else 0.0 for i in range(3)]
+    rows = _by_eigenvectors(unit, PARALLEL)
+    return [[a * s for a, s in zip(row, scale, strict=True)] for row in rows]
 
-    Then (B'HB)^{-1} is the sum of x_i x_i'.
-    """
-    if not is_positive(unit_diagonal(products.basis), PARALLEL):
-        return _some_conjugate_directions(products, bound)
-    rows = whitening(products.basis)
-    curvature, error = symmetric_part(congruent(products.mixed, rows))
-    if not is_positive(curvature, max(_LEAST_CURVATURE * bound, _NOISE * error)):
-        return _some_conjugate_directions(products, bound)
+
+def conjugate(matrix: Matrix, above: float, rows: Matrix) -> Matrix:
+    """Combinations of ``rows`` that make M the identity, where its eigenvalues are > ``above``."""
+    whole = len(matrix) == 3 and is_positive(matrix, above)
     columns = transposed(rows)
-    return [times(columns, row) for row in whitening(curvature)]
+    found = whitening(matrix) if whole else _by_eigenvectors(matrix, above)
+    return [times(columns, weights) for weights in found]
 
 
-def _some_conjugate_directions(products: Products, bound: float) -> Matrix:
-    """Where some directions are parallel, flat, or curve downwards: by eigenvectors."""
-    basis, mixed = torch.tensor((products.basis, products.mixed), dtype=torch.float64)
-    lengths = basis.diagonal()
-    scale = torch.where(lengths > 0, lengths, torch.inf).rsqrt()
-    squares, vectors = torch.linalg.eigh(basis * scale * scale[:, None])
-    kept = squares > PARALLEL
-    orthonormal = scale[:, None] * vectors[:, kept] / squares[kept].sqrt()
-    curvature = orthonormal.T @ mixed @ orthonormal
-    error = float(torch.linalg.matrix_norm(curvature - curvature.T)) / 2
-    eigenvalues, rotation = torch.linalg.eigh((curvature + curvature.T) / 2)
-    kept = eigenvalues > max(_LEAST_CURVATURE * bound, _NOISE * error)
-    directions = orthonormal @ rotation[:, kept] / eigenvalues[kept].sqrt()
-    rows: list[list[float]] = directions.T.tolist()
+def _by_eigenvectors(matrix: Matrix, above: float) -> Matrix:
+    if not matrix:
+        return []
+    eigenvalues, vectors = torch.linalg.eigh(torch.tensor(matrix, dtype=torch.float64))
+    kept = eigenvalues > above
+    rows: list[list[float]] = (vectors[:, kept] / eigenvalues[kept].sqrt()).T.tolist()
     return rows
 
 
-def correction(products: Products, bound: float, gain: float) -> list[float]:
-    """The coefficients c of B c, three, that the multiplier moves by."""
-    return _galerkin(products, products.slopes, bound, gain)
+def believed(products: Products, bound: float) -> tuple[Matrix, Matrix, float]:
+    """An orthonormal basis, B'HB in it, and the least curvature that is believed."""
+    rows = orthonormal(products.basis)
+    curvature, error = symmetric_part(congruent(products.mixed, rows))
+    return rows, curvature, max(_LEAST_CURVATURE * bound, _NOISE * error)
+
+
+def correction(products: Products, bound: float, gain: float, reach: float) -> list[float]:
+    """The coefficients c of B c, three, that the multiplier moves by.
+
+    Args:
+        products: of B, HB and a.
+        bound: L.
+        gain: of both.
+        reach: the weight of c_E; the rest is that of c_R.
+    """
+    if gain == 0:
+        return [0.0, 0.0, 0.0]
+    rows, curvature, least = believed(products, bound)
+    squares = congruent(products.images, rows)
+    energy = conjugate(curvature, least, rows)
+    residual = conjugate(squares, least**2, rows)
+    found = _descended(energy, products.slopes, gain * reach)
+    return plus(found, 1.0, _descended(residual, products.image_slopes, gain * (1.0 - reach)))
 
 
 def lower_correction(products: Products, bound: float, gain: float) -> list[float]:
-    """Those that v moves by: its residual is r, and the same H acts on it."""
-    return _galerkin(products, products.lower_slopes, bound, gain)
+    """Those that v moves by: its residual is r, which H can reach, and the same H acts on it."""
+    if gain == 0:
+        return [0.0, 0.0, 0.0]
+    rows, curvature, least = believed(products, bound)
+    return _descended(conjugate(curvature, least, rows), products.lower_slopes, gain)
 
 
-def _galerkin(products: Products, slopes: Vector, bound: float, gain: float) -> list[float]:
+def _descended(rows: Matrix, slopes: Vector, gain: float) -> list[float]:
+    """To the minimum in the span of conjugate directions, times ``gain``."""
     found = [0.0, 0.0, 0.0]
-    if gain > 0:
-        for row in conjugate_directions(products, bound):
-            found = plus(found, -gain * inner(row, slopes), row)
+    for row in rows:
+        found = plus(found, -gain * inner(row, slopes), row)
     return found
 
 
