@@ -9,8 +9,9 @@ and roughly like H, such as its diagonal; in its units
 
 is the same equation: a = 0 where a-hat = 0, whatever P is. ``LeastSquares`` moves q-hat as it moves
 q otherwise, so that the plain step is q <- q - P^{-1} a / L with L the bound of H-hat, and its
-speed depends on the condition number of H-hat. The certificate stays ||a||, v follows its rule as
-before, and the guard against negative curvature adds mu P to H in the place of mu I.
+speed depends on the condition number of H-hat. The certificate stays ||a||, and with it the share
+of energy in the correction; v follows its rule as before, and the guard against negative curvature
+adds mu P to H in the place of mu I.
 
 P may change between lower steps, slowly or now and then, never within one. nu itself is kept, so
 the plain step knows nothing of it; the correction looks back over the change by two steps, and
