@@ -48,6 +48,7 @@ SMALL = {
     "benchmarks.compiled": "--widths 16 --rounds 1 --backend aot_eager",
     "benchmarks.condition": "--kappas 10 --seeds 1 --limit 20 --picture {}/picture.png",
     "benchmarks.digits_l2": "--seed 0 --budget 60",
+    "benchmarks.digits_waiting": "--seeds 1 --evaluations 10 --rates 0.1",
     "benchmarks.engine_choice": "--kinds LSTM --seeds 1 --epochs 1 --record {}/runs.jsonl",
     "benchmarks.house": "",
     "benchmarks.multipliers": "--problems quadratic1 --seeds 1 --share 0.01 --jobs 1",

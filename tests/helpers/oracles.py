@@ -79,7 +79,7 @@ class LeastSquaresTwin:
             self.v = self.lower(self.v, self.damping * r + self.w * a)
             self.upper_grad = f_u + J @ self.nu  # at the point and with the nu of this evaluation
             self.certificate, self.residual = a.norm(), r.norm()
-            self.reach = max(0.0, 1 - float(a.norm() / f_v.norm())) / 2
+            self.reach = max(0.0, 1 - float(a.norm() / f_v.norm())) * 0.75
             self.C = 0.9 * self.C + 0.1 * float(self.nu @ Hnu)
             self.N = 0.9 * self.N + 0.1 * float(self.nu @ self.nu)
             self.kappa = max(0.99 * self.kappa, -self.C / self.N if self.N > 0 else 0.0)
@@ -114,11 +114,10 @@ class LeastSquaresTwin:
         V, HV = U[:, S**2 > 1e-5], (W / lengths @ Z.T / S)[:, S**2 > 1e-5]
         error = float((V.T @ HV - HV.T @ V).norm()) / 2
         theta, E = torch.linalg.eigh((V.T @ HV + HV.T @ V) / 2)
-        least = max(1e-3 * L, 2 * error)
-        kept = theta > least
+        kept = theta > max(1e-3 * L, 2 * error)
         c = -(E[:, kept] * (1 / theta[kept])) @ (E[:, kept].T @ (V.T @ a))
         U, lengths, Z = torch.linalg.svd(HV, full_matrices=False)
-        kept = lengths > least
+        kept = lengths > max(1e-4 * L, 2 * error)
         c_R = -(Z[kept].T / lengths[kept]) @ (U[:, kept].T @ a)
         c = self.reach * c + (1 - self.reach) * c_R
         move, after = gain * V @ c, a + gain * HV @ c

@@ -6,10 +6,11 @@ import torch
 from torch_penalty_bilevel.multipliers import small_matrices as small
 from torch_penalty_bilevel.multipliers.subspace import (
     Products,
-    believed,
     conjugate,
     correction,
+    lower_correction,
     orthonormal,
+    seen,
 )
 
 
@@ -71,8 +72,8 @@ def products(basis, mixed, images=None, slopes=(0.0,) * 3, image_slopes=(0.0,) *
 
 
 def conjugate_directions(given):
-    rows, curvature, least = believed(given, 1.0)
-    return conjugate(curvature, least, rows)
+    rows, curvature, noise = seen(given)
+    return conjugate(curvature, max(1e-3, noise), rows)
 
 
 def inverse(rows):
@@ -134,3 +135,15 @@ def test_parallel_directions_count_as_one():
     assert len(conjugate_directions(products(basis, basis))) == 2
     rows = torch.tensor(orthonormal(basis.tolist()))
     torch.testing.assert_close(rows @ basis @ rows.T, torch.eye(2), rtol=1e-5, atol=1e-5)
+
+
+def test_how_flat_a_direction_may_be():
+    """1e-3 L by energy, 1e-4 L by residual and for v; the images of the flat are as short."""
+    curvatures = torch.tensor([1.0, 5e-4, 5e-5])
+    given = products(torch.eye(3), torch.diag(curvatures))
+    ones = [1.0, 1.0, 1.0]
+    given = given._replace(slopes=ones, image_slopes=curvatures.tolist(), lower_slopes=ones)
+    assert correction(given, 1.0, 1.0, 1.0) == pytest.approx([-1.0, 0.0, 0.0])
+    assert correction(given, 1.0, 1.0, 0.0) == pytest.approx([-1.0, -2000.0, 0.0])
+    assert lower_correction(given, 1.0, 1.0) == pytest.approx([-1.0, -2000.0, 0.0])
+    assert correction(given, 10.0, 1.0, 0.0) == pytest.approx([-1.0, 0.0, 0.0])

@@ -253,7 +253,7 @@ class LeastSquares(MultiplierRule):
 
     def _reach(self, norms: Norms) -> float:
         """Rho of the correction."""
-        return max(0.0, 1.0 - ratio(norms.adjoint_residual, norms.slope)) / 2.0
+        return 0.75 * max(0.0, 1.0 - ratio(norms.adjoint_residual, norms.slope))
 
     def _whole_shift(self, state: LeastSquaresState) -> float:
         """Mu."""

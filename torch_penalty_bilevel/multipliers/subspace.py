@@ -16,20 +16,18 @@ No multiplier reaches it, the energy falls along it for ever, and c_E pays for t
 in all that H does reach, and J with it. ||s_0|| <= ||a||, so the relative certificate bounds its
 share:
 
-.. math:: \rho = \max(0, 1 - \lVert a\rVert / \lVert s\rVert) / 2
+.. math:: \rho = \tfrac34 \max(0, 1 - \lVert a\rVert / \lVert s\rVert)
 
-At most a half, as a small s_0 hides behind a small certificate for long. Both alone, other weights
-and a weighted sum of the two aims are worse on the digits or where H is singular
-(``benchmarks/multipliers``: rules "energy" and "residual").
+Never the whole, as a small s_0 hides behind a small certificate for long. Either alone is worse on
+the digits or where H is singular (``benchmarks/multipliers``: rules "energy" and "residual").
 
 B'HB is made symmetric in an orthonormal basis of span B. What was not symmetric is error: images
-that are old, or of other batches. Directions in which B'HB curves by less than 1e-3 L, or
-than twice the norm of that error, are left to the last term, the plain step; for c_R that are those
-whose images are shorter. On a system that stands still c_E alone is the method of conjugate
-gradients cut short, one product late: H acts on what the plain step added only in the evaluation
-after it. Differences of multipliers and not the
-multipliers themselves, which are nearly parallel: so the inner products of float32 vectors tell
-the directions apart.
+that are old, or of other batches. Directions in which B'HB curves by less than 1e-3 L, or than
+twice the norm of that error, are left to the last term, the plain step; for c_R those whose images
+are shorter than 1e-4 L or that error. On a system that stands still c_E alone is the method of
+conjugate gradients cut short, one product late: H acts on what the plain step added only in the
+evaluation after it. Differences of multipliers and not the multipliers themselves, which are nearly
+parallel: so the inner products of float32 vectors tell the directions apart.
 
 The same matrix serves v, whose residual is r = grad_v g and on which the same H acts:
 v <- v - gain B (B'HB)^{-1} B'r. The directions are those in which the multiplier is slow, the flat
@@ -60,7 +58,9 @@ from .small_matrices import (
     whitening,
 )
 
-_LEAST_CURVATURE = 1e-3  # of L
+# Of L. Energy falls along what is flatter as along the kernel of H. The residual does not see
+# a kernel, nor does r, so these may look further: the last two are needed at condition 1e4.
+_LEAST_BY_ENERGY, _LEAST_BY_RESIDUAL, _LEAST_OF_LOWER = 1e-3, 1e-4, 1e-4
 _NOISE = 2.0
 PARALLEL = 1e-5
 """Squared sine between directions that count as one: products in float32."""
@@ -173,11 +173,11 @@ def _by_eigenvectors(matrix: Matrix, above: float) -> Matrix:
     return rows
 
 
-def believed(products: Products, bound: float) -> tuple[Matrix, Matrix, float]:
-    """An orthonormal basis, B'HB in it, and the least curvature that is believed."""
+def seen(products: Products) -> tuple[Matrix, Matrix, float]:
+    """An orthonormal basis, B'HB in it, and the curvature below which that may be noise."""
     rows = orthonormal(products.basis)
     curvature, error = symmetric_part(congruent(products.mixed, rows))
-    return rows, curvature, max(_LEAST_CURVATURE * bound, _NOISE * error)
+    return rows, curvature, _NOISE * error
 
 
 def correction(products: Products, bound: float, gain: float, reach: float) -> list[float]:
@@ -191,9 +191,9 @@ def correction(products: Products, bound: float, gain: float, reach: float) -> l
     """
     if gain == 0:
         return [0.0, 0.0, 0.0]
-    rows, curvature, least = believed(products, bound)
-    squares = congruent(products.images, rows)
-    energy = conjugate(curvature, least, rows)
+    rows, curvature, noise = seen(products)
+    energy = conjugate(curvature, max(_LEAST_BY_ENERGY * bound, noise), rows)
+    squares, least = congruent(products.images, rows), max(_LEAST_BY_RESIDUAL * bound, noise)
     residual = conjugate(squares, least**2, rows)
     found = _descended(energy, products.slopes, gain * reach)
     return plus(found, 1.0, _descended(residual, products.image_slopes, gain * (1.0 - reach)))
@@ -203,8 +203,9 @@ def lower_correction(products: Products, bound: float, gain: float) -> list[floa
     """Those that v moves by: its residual is r, which H can reach, and the same H acts on it."""
     if gain == 0:
         return [0.0, 0.0, 0.0]
-    rows, curvature, least = believed(products, bound)
-    return _descended(conjugate(curvature, least, rows), products.lower_slopes, gain)
+    rows, curvature, noise = seen(products)
+    directions = conjugate(curvature, max(_LEAST_OF_LOWER * bound, noise), rows)
+    return _descended(directions, products.lower_slopes, gain)
 
 
 def _descended(rows: Matrix, slopes: Vector, gain: float) -> list[float]:
