@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.digits_l2 import losses, resolved
+from benchmarks.digits_l2 import losses, solve_lower
 from examples.shared import command
 from torch_penalty_bilevel import (
     BilevelWarning,
@@ -65,7 +65,11 @@ def run(row: str, seed: int, rate: float, evaluations: int) -> tuple[float, floa
     while made < evaluations:
         optimizer.step(lambda: f(u, v), lower)
         steps += 1
-    return resolved(f, g, u.detach()), float(optimizer.metrics.relative_certificate), steps
+    certificate = float(optimizer.metrics.relative_certificate)
+    # Where the gradient is 1e-7, f has five digits.
+    solved = torch.zeros(64, 10, requires_grad=True)
+    solve_lower(g, u.detach(), solved, 1e-7, 2000)
+    return float(f(u.detach(), solved.detach())), certificate, steps
 
 
 def main() -> None:
