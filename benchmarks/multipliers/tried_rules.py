@@ -70,12 +70,13 @@ class Split(Stepped):
         adjoint: Tensors,
         product: Tensors,
         adjoint_residual: Tensors,
+        residual: Tensors,
     ) -> None:
         self.s = flat(adjoint_residual) - flat(product)
 
 
 class Galerkin(Split):
-    """The default's correction in the span of ``depth`` directions: nu and its last moves."""
+    """Least energy, as "energy", in the span of ``depth`` directions: nu and its last moves."""
 
     depth = 3
     with_multiplier = True

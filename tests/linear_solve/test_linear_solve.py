@@ -253,3 +253,25 @@ def test_least_squares_admits_that_there_is_no_solution() -> None:
     assert early.iterations == 4
     assert early.status == "unfinished"
     assert not early.converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_kernel_is_not_followed_to_infinity(kernel, dtype):
+    """Rounding leaves directions of the kernel a curvature of 1e-33, which is none."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        right = torch.randn(6, generator=generator, dtype=dtype)
+        basis = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=dtype)).Q
+        eigenvalues = torch.cat((torch.zeros(kernel), torch.linspace(1, 3, 6 - kernel))).to(dtype)
+        matrix = basis @ torch.diag(eigenvalues) @ basis.T
+        for a in (matrix, torch.diag(eigenvalues)):
+            solution = conjugate_gradient(lambda x, a=a: (a @ x[0],), (right,))
+            assert solution.status == "negative_curvature"
+
+
+def test_a_bad_condition_number_is_no_kernel():
+    eigenvalues = torch.logspace(-10, 0, 6)
+    solution = conjugate_gradient(lambda x: (eigenvalues * x[0],), (torch.ones(6),), tolerance=1e-8)
+    assert solution.converged
+    torch.testing.assert_close(solution.value[0], 1 / eigenvalues, rtol=1e-6, atol=0)

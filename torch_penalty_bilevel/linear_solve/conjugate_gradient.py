@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..tensors import Tensors, axpy, dot, norm, scale
+import torch
+
+from ..tensors import Tensors, axpy, coarsest_eps, dot, norm, scale
 from .solution import NOT_FINITE as _NOT_FINITE
 from .solution import Product, Solution, broken, first_residual, stopped
 
@@ -31,8 +33,9 @@ def conjugate_gradient(
         start: x_0, for one product more; None is zero.
 
     Returns:
-        The last iterate with its true residual. At a direction of curvature <= 0, which says that A
-        is not positive definite, it stops: NaN, with status ``"negative_curvature"``.
+        The last iterate with its true residual. At a direction of curvature <= 0 up to rounding,
+        which says that A is not positive definite, it stops: NaN, with status
+        ``"negative_curvature"``.
 
     Example:
         >>> import torch
@@ -47,7 +50,7 @@ def conjugate_gradient(
     exact = True  # is ``residual`` the true one, not the recursion's?
     square = float(dot(residual, residual))
     bound = (tolerance * float(norm(right))) ** 2
-    products = 0
+    products, largest, eps = 0, 0.0, coarsest_eps(right)
     while products < limit and not (exact and square <= bound):
         if square <= bound:  # so far only the recursion says so: look, and restart if it is wrong
             residual = direction = axpy(-1.0, product(value), right)
@@ -56,11 +59,15 @@ def conjugate_gradient(
             continue
         curved = product(direction)
         products += 1
-        curvature = float(dot(direction, curved))
-        if not curvature > 0:
-            if math.isnan(curvature):
-                return broken(right, products, "not_finite", _NOT_FINITE)
-            along = curvature / (float(dot(direction, direction)) or 1.0)
+        pair = dot(direction, curved), dot(direction, direction)
+        curvature, length = torch.stack(pair).tolist()
+        if math.isnan(curvature):
+            return broken(right, products, "not_finite", _NOT_FINITE)
+        along = curvature / (length or 1.0)
+        largest = max(largest, along)
+        # The product itself is known to eps ||A||: what is less may as well be below zero, and a
+        # direction of the kernel, but for rounding, would throw x out to infinity.
+        if not along > eps * largest:
             return broken(right, products, "negative_curvature", _breakdown(along))
         step = square / curvature
         value = axpy(step, direction, value)
@@ -154,7 +161,7 @@ def _breakdown(along: float) -> str:
     """What to say of <d, A d> / <d, d> <= 0: some eigenvalue of A is at most that."""
     return (
         f"curvature {along:.3g} (<d, H d> / <d, d>) along a search direction d: the Hessian is not "
-        f"positive definite there; minimise the lower level further, add damping above "
-        f"{max(0.0, -along):.3g}, or weight decay to g (v of a network may stay near a saddle), or "
-        'take method="cg_normal", which needs no sign'
+        "positive definite there, up to rounding; minimise the lower level further, add damping "
+        f"above {max(0.0, -along):.3g}, or weight decay to g (v of a network may stay near a "
+        'saddle), or take method="cg_normal", which needs no sign'
     )
