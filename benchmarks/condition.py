@@ -141,6 +141,8 @@ COSTS: dict[str, Cost] = {
     **{f"Adam, {name}, lower steps": partial(adam, form) for name, form in FORMS.items()},
 }
 
+ROWS = tuple(dict.fromkeys(label.split(",")[0] for label in COSTS))
+
 
 def slope(kappas: list[float], values: list[float]) -> str:
     """Of log cost over log kappa, first to last; empty where either is missing."""
@@ -171,6 +173,13 @@ def main() -> None:
     parser = command.parser(__spec__, __doc__)
     parser.add_argument("--kappas", type=float, nargs="+", default=[1e1, 1e2, 1e3, 1e4])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        help="Adam takes the longest (all)",
+    )
     parser.add_argument("--limit", type=int, default=40_000, help="evaluations or lower steps")
     parser.add_argument(
         "--picture", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".png")
@@ -178,12 +187,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    rows: dict[str, list[float]] = {label: [] for label in COSTS}
+    costs = {label: cost for label, cost in COSTS.items() if label.split(",")[0] in options.rows}
+    rows: dict[str, list[float]] = {label: [] for label in costs}
     print(
         "| cost, median (range) | " + " | ".join(f"{k:.0e}" for k in options.kappas) + " | slope |"
     )
     print("|---|" + "---|" * (len(options.kappas) + 1))
-    for label, cost in COSTS.items():
+    for label, cost in costs.items():
         cells = list[str]()
         for kappa in tqdm(options.kappas, desc=label):
             problems = [testing.get("quadratic", kappa=kappa, seed=s) for s in range(options.seeds)]
