@@ -275,3 +275,9 @@ def test_a_bad_condition_number_is_no_kernel():
     solution = conjugate_gradient(lambda x: (eigenvalues * x[0],), (torch.ones(6),), tolerance=1e-8)
     assert solution.converged
     torch.testing.assert_close(solution.value[0], 1 / eigenvalues, rtol=1e-6, atol=0)
+
+
+def test_a_curvature_that_overflows_is_not_called_negative():
+    """<d, A d> = 3e320: a step of length 0 would follow."""
+    solution = conjugate_gradient(lambda x: (1e300 * x[0],), (torch.full((3,), 1e10),))
+    assert solution.status == "not_finite"

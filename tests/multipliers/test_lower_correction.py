@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity, testing
-from torch_penalty_bilevel.constraints import Box
+from torch_penalty_bilevel.constraints import Box, Inequality
 from torch_penalty_bilevel.multipliers.subspace import Products, correction, lower_correction
 
 
@@ -185,3 +185,11 @@ def test_what_excludes_each_other_is_refused():
         LeastSquares(correct_lower=True, preconditioner=lambda vectors, power: vectors)
     with pytest.raises(TypeError, match="correct_lower must be True or False, got 3"):
         LeastSquares(correct_lower=3)
+
+
+def test_inequalities_are_refused():
+    u, v, *_ = quadratic(torch.ones(2))
+    with pytest.raises(
+        ValueError, match="an Inequality in lower_constraint needs correct_lower=False"
+    ):
+        optimizer_of(u, v, lower_constraint=Inequality(lambda: v - 0.5))

@@ -245,6 +245,8 @@ class ConstrainedLevels:
                 'not see which part of v is held; use penalty="stationarity", or constrain the '
                 "upper level only"
             )
+        if self.lower.inequalities and getattr(penalty.rule, "correct_lower", False):
+            raise ValueError("an Inequality in lower_constraint needs correct_lower=False")
         if self.lower.inequalities and penalty.rule.curvature_bound(dual) is None:
             raise ValueError(
                 "an Inequality in lower_constraint needs a multiplier rule that knows a bound on "

@@ -148,7 +148,7 @@ def rates(rule: Optimizer, name: str) -> set[float | None]:
     return {None if name not in group else float(group[name]) for group in rule.param_groups}
 
 
-def hold_nothing(rule: Optimizer) -> bool:
+def every_group_moves(rule: Optimizer) -> bool:
     """Has no group the rate 0, which holds its parameters where they are?"""
     return 0.0 not in rates(rule, "lr")
 

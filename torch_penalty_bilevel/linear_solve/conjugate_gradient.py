@@ -61,7 +61,7 @@ def conjugate_gradient(
         products += 1
         pair = dot(direction, curved), dot(direction, direction)
         curvature, length = torch.stack(pair).tolist()
-        if math.isnan(curvature):
+        if not math.isfinite(curvature):
             return broken(right, products, "not_finite", _NOT_FINITE)
         along = curvature / (length or 1.0)
         largest = max(largest, along)

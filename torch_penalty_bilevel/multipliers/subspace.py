@@ -32,7 +32,7 @@ parallel: so the inner products of float32 vectors tell the directions apart.
 The same matrix serves v, whose residual is r = grad_v g and on which the same H acts:
 v <- v - gain B (B'HB)^{-1} B'r. The directions are those in which the multiplier is slow, the flat
 ones of H, and v is slow in the same. Differences of v would be directions of its own, but what they
-see of H passes through the lower rule's momentum and the changes of u (they diverge).
+see of H passes through the lower rule's momentum and the changes of u.
 """
 
 from __future__ import annotations

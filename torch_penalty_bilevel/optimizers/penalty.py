@@ -322,7 +322,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         rule, lower = self.penalty.rule, here.at.lower
         dual = self._dual.only(moving)
         jump = rule.jump(dual, evaluation, norms)
-        if jump is not None and rules.hold_nothing(self.lower):
+        if jump is not None and rules.every_group_moves(self.lower):
             evaluation = evaluation._replace(residual=jump.residual)
         else:
             jump = None
