@@ -102,7 +102,7 @@ class TestMiniImageNet:
 
     def test_first_images_of_each_class(self, random, monkeypatch, tmp_path):
         content = self.write(random, monkeypatch, tmp_path)
-        for split, count in (("train", 2), ("test", None), ("train", 1), ("train", 2)):
+        for split, count in (("train", 2), ("test", None), ("train", 1), ("val", 2)):
             found = miniimagenet.miniimagenet(tmp_path, split, count)
             assert found.names == ("n01", "n02")
             for label, mine in zip(found.names, found.images, strict=True):
@@ -148,7 +148,8 @@ class TestDogfish:
     @pytest.mark.parametrize(
         ("values", "labels", "said"),
         [
-            (np.full((1, 6, 6, 3), 1.1), [0], "no pixels scaled"),
+            (np.full((1, 6, 6, 3), 1 + 2 / 255), [0], "no pixels scaled"),
+            (np.full((1, 6, 6, 3), -1 - 2 / 255), [0], "no pixels scaled"),
             (np.full((1, 6, 6, 3), 0.25), [0], "no pixels scaled"),
             (np.full((1, 6, 6, 3), np.nan), [0], "no pixels scaled"),
             (np.zeros((1, 6, 6, 3), np.uint8), [0], r"uint8 \(1, 6, 6, 3\), should be float"),
