@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .ball import Ball
 from .box import Box
-from .faces import Face
+from .faces import Face, check_dense
 from .projection import Projection
 
 
@@ -59,6 +59,7 @@ class BoxAndBall(Projection):
         a bound moves inwards once lambda > -g_i / x_i, so lambda is the mean of -g_i / x_i over the
         entries that move, weighted by x_i^2: found by sorting, as in ``Simplex``.
         """
+        check_dense(gradient)
         dims = self._ball._dims(point)
         x, low, high = self._rows(point)
         g = self._as_rows(gradient.to(x.dtype))
