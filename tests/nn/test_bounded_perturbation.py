@@ -112,7 +112,7 @@ def test_hypergradient_in_the_optimizer(engine, kind):
         lambda: (block(index) @ v - y).square().mean() + 0.2 * v.square().sum(),
         engine,
         lr=0.4,
-        steps=400,
+        steps=250,
         upper_constraint=block.constraint,
     )
 

@@ -85,7 +85,7 @@ def test_hypergradient_in_the_optimizer(engine):
         lambda: (model(x) - y).square().mean() + regularizers(model.parameters()),
         engine,
         lr=0.3,
-        steps=300,
+        steps=200,
     )
 
 

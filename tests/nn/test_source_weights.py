@@ -121,7 +121,7 @@ def test_hypergradient_in_the_optimizer(engine, floor):
         lambda: (weights(source) * (x @ v - y).square()).mean() + 0.1 * v.square().sum(),
         engine,
         lr=0.4,
-        steps=400,
+        steps=250,
     )
 
 

@@ -123,7 +123,7 @@ def test_hypergradient_in_the_optimizer(engine, per):
         lambda: (model(x) - y).square().mean() + decay(),
         engine,
         lr=0.3,
-        steps=300,
+        steps=200,
     )
 
 

@@ -127,8 +127,9 @@ class SampleWeights(nn.Module):
             return self.logits.sigmoid()
         if not self.sparse:
             return self.logits[index].sigmoid()
-        flat = torch.gather(self.logits, 0, index.reshape(-1), sparse_grad=True)
-        return flat.reshape(index.shape).sigmoid()
+        flat = index.reshape(-1).to(self.logits.device)
+        logits = torch.gather(self.logits, 0, flat, sparse_grad=True)
+        return logits.reshape(index.shape).sigmoid()
 
     def weighted_mean(
         self, losses: Tensor, index: Tensor | None = None, normalised: bool = True
