@@ -47,8 +47,9 @@ from benchmarks.shared.mnist_rows import (
     score,
 )
 from examples import denoise_digits
+from examples.data.mirrors import default_folder
+from examples.data.mnist import mnist
 from examples.shared import command, digits_rows
-from examples.shared.data import default_folder, mnist
 from examples.shared.record import Line, Record
 from torch_penalty_bilevel import (
     LeastSquares,

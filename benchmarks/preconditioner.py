@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from benchmarks import digits_l2
 from benchmarks.race import l2
+from examples.data.mirrors import default_folder
 from examples.shared import command
-from examples.shared.data import default_folder
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
 
 Loss = Callable[[], Tensor]

@@ -59,8 +59,8 @@ from benchmarks.profiles.arithmetic import best_known, cost, one_setting
 from benchmarks.profiles.problems import LEFT_OUT, PROBLEMS, instance
 from benchmarks.profiles.solvers import EXTRA, SOLVERS, Rates
 from benchmarks.profiles.trial import ACCURACIES, Trial, run
+from examples.data.mirrors import BESIDE
 from examples.shared import command
-from examples.shared.data import BESIDE
 from examples.shared.record import Line, Record
 
 RESULTS = Path("results/profiles.jsonl")  # delete it when the code has changed

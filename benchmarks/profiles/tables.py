@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from benchmarks import digits_l2
-from examples.shared.data import newsgroups as read_newsgroups
+from examples.data.newsgroups import newsgroups as read_newsgroups
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 FEATURES, POSTS = 300, 1000

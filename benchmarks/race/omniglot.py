@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, normalize
@@ -34,14 +33,14 @@ from torch.nn.functional import avg_pool2d, cross_entropy, normalize
 from benchmarks.race.methods import methods_of
 from benchmarks.race.problem import Grid, Method, Picture, Rates, Step, Values
 from benchmarks.race.problem import Problem as RaceProblem
-from benchmarks.shared.mnist_rows import default_folder
+from examples.data.mirrors import default_folder
+from examples.data.omniglot import omniglot
 from examples.shared.record import Line
 
 GRID = Grid(lower=(0.03, 0.1), gradient=(1.0, 3.0), upper=(3e-3, 1e-2), lower_steps=(5, 1, 20))
 WAYS, QUERIES, TASKS = 5, 5, 4
 CHANNELS, SCALE, DECAY = 32, 5.0, 0.5
 TRAINING, TEST_TASKS = 800, 1000
-FILE = "omniglot_28x28_bits.npz"
 
 
 class Problem(NamedTuple):
@@ -58,13 +57,8 @@ class Problem(NamedTuple):
 
 def load(folder: Path) -> tuple[Tensor, Tensor]:
     """The images of all characters, and which are of the evaluation alphabets."""
-    path = folder / FILE
-    if not path.exists():
-        raise SystemExit(f"put {FILE} into {folder}, or name the folder that has it with --data")
-    with np.load(path) as file:
-        bits = np.unpackbits(file["bits"], axis=-1).astype(np.float32)
-        held_out = torch.from_numpy(file["is_evaluation"])
-    pixels = torch.from_numpy(bits).view(-1, 1, 28, 28)
+    bits, _, held_out = omniglot(folder)
+    pixels = bits.view(-1, 1, 28, 28).float()
     return avg_pool2d(pixels, 2).view(len(bits), -1, 1, 14, 14), held_out
 
 

@@ -10,8 +10,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from examples.shared.data import default_folder as default_folder
-from examples.shared.data import mnist as mnist
+from examples.data.mirrors import default_folder as default_folder
+from examples.data.mnist import mnist as mnist
 from examples.shared.digits_rows import Problem as Problem
 
 BATCH = 200

@@ -40,6 +40,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.data.mirrors import default_folder
+from examples.data.mnist import mnist
 from examples.equilibrium_mnist.problem import (
     Parameters,
     Problem,
@@ -52,7 +54,6 @@ from examples.equilibrium_mnist.problem import (
 from examples.equilibrium_mnist.report import draw, table
 from examples.equilibrium_mnist.rows import METHODS, agreement, baselines, seen
 from examples.shared import command
-from examples.shared.data import default_folder, mnist
 from examples.shared.grid import print_best, settings
 from examples.shared.record import Line, Record
 from torch_penalty_bilevel import FixedPoint, HypergradientOptimizer, PenaltyBilevelOptimizer

@@ -1,1 +1,1 @@
-"""Data sets, records of runs and tables, for examples and benchmarks."""
+"""Records of runs, command lines and tables, for examples and benchmarks."""

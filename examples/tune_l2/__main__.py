@@ -54,8 +54,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.data.mirrors import default_folder
+from examples.data.uci import UCI
 from examples.shared import command
-from examples.shared.data import UCI, default_folder
 from examples.shared.grid import print_best, settings
 from examples.shared.record import Line, Record
 from examples.tune_l2.methods import (

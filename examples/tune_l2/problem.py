@@ -20,7 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from examples.shared.data import newsgroups, uci
+from examples.data.newsgroups import newsgroups
+from examples.data.uci import uci
 from examples.shared.record import Line
 
 GLOBAL_WEIGHTS = 10.0 ** np.arange(-3, 3.5, 0.5)

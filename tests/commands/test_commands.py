@@ -8,7 +8,7 @@ import shlex
 import pytest
 from forking import Nursery
 
-for library in ("higher", "matplotlib", "pooch", "sklearn", "torchopt", "tqdm"):
+for library in ("higher", "matplotlib", "PIL", "pooch", "sklearn", "torchopt", "tqdm"):
     pytest.importorskip(library)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -66,6 +66,7 @@ SMALL = {
 ON_DATA = {
     "benchmarks.race": "--quick --methods 'penalty, value gap' "
     "--data {data}/mnist --output {}/runs.jsonl",
+    "examples.data": "mnist uci --data-dir {data}",
     "examples.equilibrium_mnist": "--method penalty --seeds 1 --evaluations 20 --train 200 "
     "--test 200 --folder {data}/mnist --record {}/runs.jsonl --output {}/picture.png",
     "examples.tune_l2": "--data newsgroups --method penalty --seeds 1 --evaluations 20 "

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-for library in ("pooch", "requests", "sklearn", "higher", "tqdm", "matplotlib", "torchopt"):
+for library in ("PIL", "pooch", "requests", "sklearn", "higher", "tqdm", "matplotlib", "torchopt"):
     pytest.importorskip(library)
 
 from racing import mnist_task  # noqa: E402

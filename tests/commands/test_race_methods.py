@@ -7,7 +7,7 @@ import torch
 
 from torch_penalty_bilevel.functional import hypergradient
 
-for library in ("pooch", "requests", "sklearn", "higher", "tqdm", "matplotlib"):
+for library in ("PIL", "pooch", "requests", "sklearn", "higher", "tqdm", "matplotlib"):
     pytest.importorskip(library)
 torchopt = pytest.importorskip("torchopt")
 

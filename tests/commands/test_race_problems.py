@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-for library in ("pooch", "requests", "sklearn", "higher", "tqdm", "matplotlib", "torchopt"):
+for library in ("PIL", "pooch", "requests", "sklearn", "higher", "tqdm", "matplotlib", "torchopt"):
     pytest.importorskip(library)
 
 from racing import l2_problem, l2_task, omniglot_task  # noqa: E402
