@@ -30,6 +30,7 @@ from __future__ import annotations
 from .ball import Ball as Ball
 from .box import Box as Box
 from .box import NonNegative as NonNegative
+from .box_and_ball import BoxAndBall as BoxAndBall
 from .faces import NO_FACES as NO_FACES
 from .faces import Face as Face
 from .faces import Faces as Faces
