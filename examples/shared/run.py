@@ -56,7 +56,7 @@ class Run:
         self._events = folder / "events" / place
         self._checkpoint = folder / "checkpoints" / f"{place}.pt"
         self._resume = resume
-        self._bar: tqdm[None] | None = None
+        self._bar: Any = None
         self._writer: SummaryWriter | None = None
         self._began = 0.0
 
