@@ -39,6 +39,7 @@ def test_public_names():
         "constraints",
         "functional",
         "minimize",
+        "nn",
     ]
     assert all(hasattr(tpb, name) for name in tpb.__all__)
     assert (PACKAGE / "py.typed").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import constraints as constraints
 from . import functional as functional
+from . import nn as nn
 from .checks.report import HypergradientReport as HypergradientReport
 from .curvature import DoubleBackward as DoubleBackward
 from .curvature import FiniteDifference as FiniteDifference
@@ -50,4 +51,5 @@ __all__ = [
     "constraints",
     "functional",
     "minimize",
+    "nn",
 ]

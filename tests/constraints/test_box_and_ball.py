@@ -155,17 +155,17 @@ def test_runs_end_at_the_constrained_minimum(rule, target):
     target, weights = torch.tensor(target), torch.tensor([1.0, 3.0, 0.5])
     constraint = BoxAndBall(torch.tensor([-1.0, -1.0, 0.0]), torch.tensor([0.6, 1.0, 1.0]), 1.0)
     u, v = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[rule]
+    make, rate = {"sgd": (torch.optim.SGD, 0.15), "adam": (torch.optim.Adam, 0.05)}[rule]
     optimizer = PenaltyBilevelOptimizer(
-        make([u], lr=0.05),
-        torch.optim.SGD([v], lr=0.3),
+        make([u], lr=rate),
+        torch.optim.SGD([v], lr=0.9),
         penalty=Stationarity(LeastSquares(share=0.0)),
         upper_constraint=constraint,
     )
     f = lambda v: (weights * (v - target).square()).sum() / 2  # noqa: E731
     g = lambda u, v: (v - u).square().sum() / 2  # noqa: E731
     for k in range(400):
-        optimizer.upper.param_groups[0]["lr"] = 0.05 * (1 - k / 400)
+        optimizer.upper.param_groups[0]["lr"] = rate * (1 - k / 400)
         optimizer.step(lambda: f(v), lambda: g(u, v))
     torch.testing.assert_close(u.detach(), solution(target, weights), rtol=0, atol=2e-4)
     found = minimize(

@@ -3,7 +3,7 @@
 FLOORS = (
     ("arguments", "errors", "pytrees", "tensors", "testing"),
     ("constraints", "linear_solve", "undo"),
-    ("curvature", "evaluation"),
+    ("curvature", "evaluation", "nn"),
     ("levels", "metrics", "multipliers", "newton"),
     ("penalties",),
     ("adapters", "hypergradients"),
