@@ -45,10 +45,11 @@ from benchmarks.race.mnist import GRID as MNIST_GRID
 from benchmarks.race.mnist import mnist_race
 from benchmarks.race.omniglot import GRID as OMNIGLOT_GRID
 from benchmarks.race.omniglot import omniglot_race
-from benchmarks.race.problem import Problem, Rates
+from benchmarks.race.problem import Problem
 from benchmarks.race.report import draw, print_tables
 from examples.shared import command
 from examples.shared.record import Line, Record
+from examples.shared.task import Rates
 from torch_penalty_bilevel import NonFiniteError
 
 OUTPUT = Path("results/race.jsonl")  # delete it when the code has changed
@@ -75,7 +76,7 @@ LENGTHS = {
 def run_for(method: str, rates: Rates, problem: Problem, data: Any, seconds: float) -> Line:
     """One method for so many CPU seconds of training; what is seen on the way."""
     task = problem.start(data)
-    step = problem.methods[method].start(task, rates)
+    step = problem.methods[method].start(task, rates).step
     path, steps, cpu, wall, look = [], 0, 0.0, 0.0, FIRST_LOOK
     while cpu < seconds:
         cpu_began, wall_began = time.process_time(), time.perf_counter()

@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from benchmarks.race.methods import methods_of
-from benchmarks.race.problem import Grid, Method, Picture, Values
+from benchmarks.race.problem import Grid, Method, Picture
 from benchmarks.race.problem import Problem as RaceProblem
 from examples.data.mirrors import default_folder
 from examples.shared.record import Line
+from examples.shared.task import Values
 from examples.tune_l2.problem import GLOBAL_WEIGHTS, Problem, lower_loss, make_problem, one_weight
 from torch_penalty_bilevel import LeastSquares, Stationarity
 from torch_penalty_bilevel.constraints import Box

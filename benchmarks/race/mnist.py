@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.race.methods import methods_of
-from benchmarks.race.problem import Grid, Picture, Values
+from benchmarks.race.problem import Grid, Picture
 from benchmarks.race.problem import Problem as RaceProblem
 from benchmarks.shared.mnist_rows import (
     BATCH,
@@ -28,6 +28,7 @@ from benchmarks.shared.mnist_rows import (
     score,
 )
 from examples.shared.record import Line
+from examples.shared.task import Values
 
 GRID = Grid(lower=(1e-3, 3e-3), gradient=(0.1, 0.3), upper=(0.3, 1.0), lower_steps=(1, 5))
 # Added to H. Without it CG meets negative curvature and the weights are no better than chance (5

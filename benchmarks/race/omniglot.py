@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, normalize
 
 from benchmarks.race.methods import methods_of
-from benchmarks.race.problem import Grid, Method, Picture, Rates, Step, Values
+from benchmarks.race.problem import Grid, Method, Picture
 from benchmarks.race.problem import Problem as RaceProblem
 from examples.data.mirrors import default_folder
 from examples.data.omniglot import omniglot
 from examples.shared.record import Line
+from examples.shared.solvers import Solver
+from examples.shared.task import Rates, Values
 
 GRID = Grid(lower=(0.03, 0.1), gradient=(1.0, 3.0), upper=(3e-3, 1e-2), lower_steps=(5, 1, 20))
 WAYS, QUERIES, TASKS = 5, 5, 4
@@ -196,7 +198,7 @@ def solved(kernel: Tensor, steps: int = 200) -> Tensor:
     return values
 
 
-def prototypes(task: Task, rates: Rates) -> Step:
+def prototypes(task: Task, rates: Rates) -> Solver:
     """Not bilevel: logits are phi's products with the support set's phi, trained by Adam."""
     adam = torch.optim.Adam(task.upper, lr=rates.upper)
 
@@ -209,7 +211,7 @@ def prototypes(task: Task, rates: Rates) -> Step:
         loss.backward()
         adam.step()
 
-    return step
+    return Solver(step, (adam,))
 
 
 def baselines(problem: Problem) -> Line:

@@ -1,73 +1,13 @@
-"""What ``race.py`` asks of a problem, and what its methods ask of one run.
-
-Letters: u the upper and v the lower variables, f and g the upper and the lower loss.
-"""
+"""What ``race.py`` asks of a problem."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
-
-from torch import Tensor, nn
+from typing import Any, NamedTuple
 
 from examples.shared.record import Line
-from torch_penalty_bilevel.constraints import Box
-
-Values = tuple[Tensor, ...]
-
-
-class Task(Protocol):
-    """One run: u and v where they are, and the batch at hand.
-
-    Batches come from the global random numbers, because methods that repeat a closure put those
-    back. Runs of equal seed begin at equal u and v.
-    """
-
-    upper: list[Tensor]
-    lower: list[Tensor]
-    module: nn.Module
-    """Its parameters are ``lower``, for libraries that want a module."""
-    upper_constraint: Box | None
-    is_new: bool
-    """Does every upper step bring a lower problem of its own, v = 0 at its start?"""
-    gradient_unit: float
-    """Rates of plain gradient steps on v are in this unit."""
-    adjoint_step: float | None
-    """Step of fixed-point iterations on H q = -grad f; None: the methods' own."""
-
-    def begin(self) -> None:
-        """Before every upper step: if ``is_new``, another lower problem, v = 0."""
-        ...
-
-    def draw(self) -> Any:
-        """A new batch for f and for g, before every v-step; returned, it can be had again."""
-        ...
-
-    def upper_loss(self, v: Values | None = None, u: Values | None = None) -> Tensor:
-        """F at u and v as they are, or at others."""
-        ...
-
-    def lower_loss(
-        self, v: Values | None = None, u: Values | None = None, batch: Any = None
-    ) -> Tensor:
-        """G, likewise."""
-        ...
-
-    def held_upper(self, graph: bool = False) -> AbstractContextManager[object]:
-        """Inside, u does not move: what depends on u alone is computed once.
-
-        Without ``graph`` the losses are then constant in u.
-        """
-        ...
-
-
-class Rates(NamedTuple):
-    """What is tuned; ``lower_steps`` is the number of v-steps per u-step."""
-
-    lower: float
-    upper: float
-    lower_steps: int
+from examples.shared.solvers import Solver
+from examples.shared.task import Rates, Task
 
 
 class Grid(NamedTuple):
@@ -81,13 +21,10 @@ class Grid(NamedTuple):
     lower_steps: tuple[int, ...]
 
 
-Step = Callable[[], None]
-
-
 class Method(NamedTuple):
     """How to start a method, whose it is, and what is special about its grid."""
 
-    start: Callable[[Any, Rates], Step]
+    start: Callable[[Any, Rates], Solver]
     group: str
     """ours, ours (reference), peer or simple."""
     lower_steps: tuple[int, ...]

@@ -12,7 +12,9 @@ from racing import mnist_task  # noqa: E402
 
 from benchmarks.race import __main__ as race  # noqa: E402
 from benchmarks.race import report  # noqa: E402
-from benchmarks.race.problem import Method, Picture, Problem, Rates  # noqa: E402
+from benchmarks.race.problem import Method, Picture, Problem  # noqa: E402
+from examples.shared.solvers import Solver  # noqa: E402
+from examples.shared.task import Rates  # noqa: E402
 
 
 def of_clocks(methods, look=None):
@@ -42,7 +44,7 @@ def test_clock_stands_still_while_looking(monkeypatch):
         def step():
             now["training"] += 0.5
 
-        return step
+        return Solver(step, ())
 
     def look(task):
         now["looking"] += 100.0
@@ -102,7 +104,7 @@ def test_runs_are_found_again_by_what_defines_them(tmp_path):
             time.sleep(0.002)
             sum(range(20_000))
 
-        return step
+        return Solver(step, ())
 
     problem = of_clocks({"m": Method(start, "ours", (1, 5), (0.1,))}, lambda task: path(0.5)[0])
     for _ in range(2):

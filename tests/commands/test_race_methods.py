@@ -14,7 +14,7 @@ torchopt = pytest.importorskip("torchopt")
 from racing import TASKS, l2_task  # noqa: E402
 
 from benchmarks.race import l2, methods, mnist, omniglot  # noqa: E402
-from benchmarks.race.problem import Rates  # noqa: E402
+from examples.shared.task import Rates  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -47,7 +47,7 @@ def test_all_methods_start_alike_and_move_both_levels(start):
             assert all(torch.equal(a, b) for a, b in pairs)
         assert torch.equal(task.upper_loss(), first.upper_loss())
         assert torch.equal(task.lower_loss(), first.lower_loss())
-        step = method.start(task, Rates(1e-3, 0.1, method.lower_steps[-1]))
+        step = method.start(task, Rates(1e-3, 0.1, method.lower_steps[-1])).step
         for _ in range(3):  # the value gap needs a second step before v and its tracker differ
             step()
         for level in ("upper", "lower"):
@@ -58,7 +58,7 @@ def test_all_methods_start_alike_and_move_both_levels(start):
 def test_nothing_leaves_the_box():
     for name, method in METHODS["l2"].items():
         task = l2_task()
-        step = method.start(task, Rates(0.1, 100.0, 1))
+        step = method.start(task, Rates(0.1, 100.0, 1)).step
         for _ in range(2):  # the first multiplier is 0
             step()
         (u,), box = task.upper, task.upper_constraint
@@ -71,7 +71,7 @@ def test_nothing_leaves_the_box():
 def test_implicit_row_is_the_hypergradient_by_conjugate_gradients(start, iterations):
     task, ridge = start(), 1e3  # above all negative curvature of these problems
     solve = torchopt.linear_solve.solve_cg(maxiter=iterations, ridge=ridge, rtol=1e-12)
-    methods.implicit(task, Rates(1e-3, 0.0, 2), lambda task: solve)()
+    methods.implicit(task, Rates(1e-3, 0.0, 2), lambda task: solve).step()
     u, v = (tuple(p.detach().clone() for p in level) for level in (task.upper, task.lower))
     ours = hypergradient(
         lambda u, v: task.upper_loss(v, u),
@@ -116,7 +116,7 @@ def test_unrolled_row_is_the_derivative_of_its_own_adam_steps(start, which):
         return task.upper_loss().item()
 
     task = start()
-    step = method.start(task, Rates(1e-3, 0.0, steps))
+    step = method.start(task, Rates(1e-3, 0.0, steps)).step
     step()
     step()
     expected = (loss_after(h) - loss_after(-h)) / (2 * h)

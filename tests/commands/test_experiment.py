@@ -1,0 +1,172 @@
+"""What all examples share: flags, runs that go on where they were stopped, files of results."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from examples.shared import command, run
+from examples.shared.experiment import Experiment
+from examples.shared.run import Run
+
+LINE = {"method": "a method", "seed": 3}
+CPU = torch.device("cpu")
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser(prog="python -m examples.sample")
+    command.add_common(parser, ("one", "two", "three"), ("one", "two"), 50, "steps", 4)
+    return parser.parse_args(words)
+
+
+class Stopped(Exception):
+    pass
+
+
+def train(folder, resume, stop_at=None, line=LINE):
+    """Adam on random batches from two sources of random numbers, 20 steps."""
+    torch.manual_seed(0)
+    model, generator, path = torch.nn.Linear(3, 1), torch.Generator().manual_seed(1), []
+    rule = torch.optim.Adam(model.parameters(), lr=0.1)
+    total = torch.zeros(1)
+    goes = Run(line, folder, CPU, resume)
+    for step in goes.steps(20, model, rule, generator, total, path):
+        rows = torch.randn(5, 3, generator=generator)
+        loss = (model(rows + torch.randn(5, 3)) - 1).square().mean()
+        if step == stop_at:  # in the middle of a step
+            raise Stopped
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+        path.append(step)
+        total += loss.item()
+        goes.show(step, loss=loss)
+    return [model.weight.tolist(), model.bias.tolist(), total.item(), path]
+
+
+class TestRun:
+    @pytest.fixture(autouse=True)
+    def _saved_after_every_step(self, monkeypatch):
+        monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
+
+    @pytest.mark.parametrize("stop_at", [1, 11, 19])
+    def test_a_resumed_run_is_bit_equal(self, tmp_path, stop_at):
+        whole = train(tmp_path / "whole", False)
+        with pytest.raises(Stopped):
+            train(tmp_path / "cut", False, stop_at)
+        assert train(tmp_path / "cut", True) == whole
+        assert whole[-1] == list(range(20))
+        assert not list(tmp_path.rglob("*.pt"))  # what is finished needs no checkpoint
+
+    def test_without_resume_it_starts_anew(self, tmp_path):
+        with pytest.raises(Stopped):
+            train(tmp_path, False, 11)
+        assert train(tmp_path, False)[-1] == list(range(20))
+
+    def test_the_checkpoint_of_another_setting_is_not_taken_up(self, tmp_path):
+        other = LINE | {"rate": 1.0}
+        with pytest.raises(Stopped):
+            train(tmp_path, False, 11, other)
+        assert train(tmp_path, True) == train(tmp_path / "whole", False)
+
+    def test_event_files_hold_what_was_shown(self, tmp_path):
+        train(tmp_path, False)
+        (folder,) = (tmp_path / "events").iterdir()
+        events = EventAccumulator(str(folder)).Reload().Scalars("loss")
+        assert [event.step for event in events] == list(range(20))
+
+    def test_the_clock_stands_still_while_paused(self, tmp_path, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(run.time, "process_time", lambda: now[0])
+        goes = Run(LINE, tmp_path, CPU)
+        for _ in goes.steps(3):
+            now[0] += 2.0
+            with goes.paused():
+                now[0] += 100.0
+        assert goes.seconds == 6.0
+
+    def test_seconds_go_on_with_the_run(self, tmp_path, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(run.time, "process_time", lambda: now[0])
+        for step in Run(LINE, tmp_path, CPU).steps(5):
+            if step == 3:
+                break
+            now[0] += 2.0
+        goes = Run(LINE, tmp_path, CPU, resume=True)
+        for _ in goes.steps(5):
+            now[0] += 3.0
+        assert goes.seconds == 3 * 2.0 + 2 * 3.0
+
+
+class TestExperiment:
+    @staticmethod
+    def plan(*seeds):
+        return [{"method": m, "seed": s} for s in seeds for m in ("one", "two")]
+
+    @staticmethod
+    def perform(experiment, plan):
+        done = []
+
+        def work(line, goes):
+            done.append(line)
+            assert goes.name == f"{line['method']}, seed {line['seed']}"
+            return {"value": 10 * line["seed"] + len(line["method"])}
+
+        return experiment.perform(plan, work), done
+
+    def test_finished_runs_are_not_repeated(self, tmp_path):
+        out = str(tmp_path / "out")
+        first = Experiment("sample", parsed("--out", out))
+        self.perform(first, self.plan(0))
+        again = Experiment("sample", parsed("--out", out, "--resume"))
+        results, done = self.perform(again, self.plan(1, 0))
+        assert [r["value"] for r in results] == [13, 13, 3, 3]
+        assert done == self.plan(1)
+
+    def test_without_resume_nothing_is_lost(self, tmp_path, capsys):
+        out = tmp_path / "out"
+        for _ in range(3):
+            _, done = self.perform(Experiment("sample", parsed("--out", str(out))), self.plan(0))
+            assert len(done) == 2
+        assert len(list(tmp_path.glob("out*/runs.jsonl"))) == 3
+        assert "moved to" in capsys.readouterr().err
+
+    def test_the_file_of_results_holds_the_runs_of_the_plan_and_no_path(self, tmp_path):
+        experiment = Experiment("sample", parsed("--out", str(tmp_path / "out")))
+        self.perform(experiment, self.plan(0, 1))
+        path = experiment.publish(self.plan(1), note="a fact")
+        content = json.loads(path.read_text())
+        assert content["command"] == "sample"
+        assert content["note"] == "a fact"
+        assert [r["run"]["seed"] for r in content["runs"]] == [1, 1]
+        assert [r["result"]["value"] for r in content["runs"]] == [13, 13]
+        assert content["options"]["seeds"] == 4
+        assert str(tmp_path) not in path.read_text()
+
+
+class TestFlags:
+    def test_what_is_asked_for(self):
+        names = ("one", "two", "three")
+        assert command.methods_of(parsed(), names) == ["one", "two"]
+        assert command.methods_of(parsed("--method", "all"), names) == list(names)
+        assert command.methods_of(parsed("--method", "three", "one"), names) == ["one", "three"]
+        assert command.seeds_of(parsed("--first-seed", "7")) == range(7, 11)
+        assert command.seeds_of(parsed("--smoke")) == range(1)
+        assert str(parsed().out) == "results/sample"
+
+    @pytest.mark.parametrize("flag", ["--seeds", "--budget", "--threads"])
+    def test_counts_are_positive(self, flag, capsys):
+        with pytest.raises(SystemExit):
+            parsed(flag, "0")
+        assert "at least 1, got 0" in capsys.readouterr().err
+
+    def test_a_device_that_is_not_there(self):
+        assert command.device_of(parsed("--device", "cpu")) == CPU
+        with pytest.raises(SystemExit, match="--device abacus cannot be used here"):
+            command.device_of(parsed("--device", "abacus"))
+
+    def test_the_machine_in_a_line(self):
+        assert command.machine().startswith(f"torch {torch.__version__}, Python 3.")
+        assert command.machine().endswith("thread" + "s" * (torch.get_num_threads() > 1))
