@@ -123,9 +123,10 @@ def test_where_f_goes_silent_u_waits_for_the_multiplier_to_go():
     for _ in range(30):
         step(True)
     asked = float((parameters(optimizer.lower)[0].detach() - 3).norm())
-    assert 1 < step(False) < 100
+    assert 1 < step(False) < 30
     assert float(optimizer.metrics.upper_grad_norm) < 0.05 * 1.01 * asked
     found = float(optimizer.metrics.adjoint_residual_norm)
+    assert found > 0  # small will do
     assert float(optimizer.metrics.relative_certificate) == pytest.approx(found / asked, rel=0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the hypergradient is zero
