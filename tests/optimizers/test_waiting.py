@@ -161,8 +161,12 @@ def test_a_warm_up_knows_silence_too():
     step(False)
     assert float(optimizer.metrics.relative_certificate) == 0.0
     assert optimizer._counts["warmup_left"] == 999
+    before = u.detach().clone()
     while optimizer._counts["warmup_left"]:
+        assert torch.equal(u, before)
+        before = u.detach().clone()
         step(True)
+    assert not torch.equal(u, before)  # in the very step that finds q ready
     u, optimizer, step = switched(warmup_steps=1000)
     for _ in range(3):
         step(True)
