@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,8 +27,8 @@ class Metrics:
     adjoint_residual_norm: Tensor
     """||grad_v f + H q||_2, the certificate: how far q is from the exact adjoint."""
     relative_certificate: Tensor
-    """||grad_v f + H q||_2 / ||grad_v f||_2: 0 at the exact adjoint, 1 at q = 0; NaN where
-    grad_v f = 0."""
+    """||grad_v f + H q||_2 / ||grad_v f||_2: 0 at the exact adjoint, 1 at q = 0. Where
+    grad_v f = 0, over what its norm last was above 0: then q has to return to 0."""
     upper_grad_norm: Tensor
     """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate; NaN after a mere
     ``lower_step``, which has no use for it."""
@@ -68,7 +67,7 @@ class Metrics:
             [
                 norms.residual,
                 norms.adjoint_residual,
-                norms.adjoint_residual / norms.slope if norms.slope > 0 else math.nan,
+                norms.certificate,
                 norms.upper_grad,
                 *dual,
             ],
