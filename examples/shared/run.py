@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,34 @@ class Run:
                 ``state_dict``), tensors, generators, lists. They are saved every half minute, with
                 the global random state; between steps only, so that a step cut in two is not kept.
         """
-        first = self._load(kept)
-        self._bar = tqdm(total=count, initial=first, desc=self.name, leave=False, mininterval=0.5)
+        return self._loop(count, lambda step: step, kept)
+
+    def until(self, budget: int, spent: Callable[[], int], *kept: Any) -> Iterator[int]:
+        """0, 1, ... until ``spent()`` reaches ``budget``; or from where the checkpoint was made.
+
+        Args:
+            budget: of what steps cost, where that differs from step to step.
+            spent: so far, from what is ``kept``.
+            kept: as in ``steps``.
+        """
+        return self._loop(budget, lambda step: spent(), kept)
+
+    def _loop(
+        self, goal: int, reached: Callable[[int], int], kept: tuple[Any, ...]
+    ) -> Iterator[int]:
+        step = self._load(kept)
+        self._bar = tqdm(
+            total=goal, initial=reached(step), desc=self.name, leave=False, mininterval=0.5
+        )
         self._began, saved = self._now(), time.monotonic()
         try:
-            for step in range(first, count):
+            while reached(step) < goal:
                 yield step
-                self._bar.update()
+                step += 1
+                self._bar.update(reached(step) - self._bar.n)
                 if time.monotonic() - saved >= SAVE_EVERY:
                     with self.paused():
-                        self._save(step + 1, kept)
+                        self._save(step, kept)
                     saved = time.monotonic()
             self._checkpoint.unlink(missing_ok=True)
         finally:

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.shared import command, run
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, by_method
 from examples.shared.run import Run
 
 LINE = {"method": "a method", "seed": 3}
@@ -59,6 +59,27 @@ class TestRun:
         assert train(tmp_path / "cut", True) == whole
         assert whole[-1] == list(range(20))
         assert not list(tmp_path.rglob("*.pt"))  # what is finished needs no checkpoint
+
+    @pytest.mark.parametrize("stop_at", [None, 4])
+    def test_until_a_budget_is_spent(self, tmp_path, stop_at):
+        """Steps cost 1, 2, 3, ...: those that begin below 20, none twice."""
+
+        def spend(resume, stop_at):
+            spent = [0]
+            for step in Run(LINE, tmp_path, CPU, resume).until(20, lambda: spent[0], spent):
+                if step == stop_at:
+                    raise Stopped
+                spent[0] += step + 1
+                taken.append(step)
+            return spent[0]
+
+        taken = []
+        if stop_at is not None:
+            with pytest.raises(Stopped):
+                spend(False, stop_at)
+        assert spend(True, None) == 1 + 2 + 3 + 4 + 5 + 6
+        assert taken == list(range(6))
+        assert not list(tmp_path.rglob("*.pt"))
 
     def test_without_resume_it_starts_anew(self, tmp_path):
         with pytest.raises(Stopped):
@@ -133,17 +154,20 @@ class TestExperiment:
         assert len(list(tmp_path.glob("out*/runs.jsonl"))) == 3
         assert "moved to" in capsys.readouterr().err
 
-    def test_the_file_of_results_holds_the_runs_of_the_plan_and_no_path(self, tmp_path):
+    def test_the_file_of_results_holds_the_runs_of_the_plan_and_no_path(
+        self, tmp_path, monkeypatch
+    ):
+        words = ["", "--seeds", "4", "--out", str(tmp_path), f"--data-dir={tmp_path}", "--resume"]
+        monkeypatch.setattr("sys.argv", [*words, "--smoke"])
         experiment = Experiment("sample", parsed("--out", str(tmp_path / "out")))
         self.perform(experiment, self.plan(0, 1))
-        path = experiment.publish(self.plan(1), note="a fact")
-        content = json.loads(path.read_text())
-        assert content["command"] == "sample"
-        assert content["note"] == "a fact"
+        content = experiment.publish(self.plan(1))
+        assert json.loads(experiment.results.read_text()) == content
+        assert content["example"] == "sample"
+        assert content["command"] == "python -m examples.sample --seeds 4 --smoke"
         assert [r["run"]["seed"] for r in content["runs"]] == [1, 1]
-        assert [r["result"]["value"] for r in content["runs"]] == [13, 13]
-        assert content["options"]["seeds"] == 4
-        assert str(tmp_path) not in path.read_text()
+        assert by_method(content["runs"]) == {"one": [{"value": 13}], "two": [{"value": 13}]}
+        assert str(tmp_path) not in experiment.results.read_text()
 
 
 class TestFlags:
