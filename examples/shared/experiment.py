@@ -6,9 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -21,8 +20,8 @@ class Experiment:
     """The folder ``--out`` of a command.
 
     It holds ``runs.jsonl`` (every finished run), ``events`` and ``checkpoints`` (see ``Run``),
-    the picture, and ``results.json``: the command's options, the machine and all runs, from
-    which ``python -m examples.results`` writes the tables of RESULTS.md.
+    the picture, and ``results.json``: the command, the machine and all runs, from which
+    ``python -m examples.results`` writes RESULTS.md.
 
     Without ``--resume`` a folder that already holds runs is moved aside, never overwritten.
 
@@ -55,26 +54,48 @@ class Experiment:
                 bar.update()
         return [self.record[line] for line in plan]
 
-    def publish(self, plan: list[Line], **facts: Any) -> Path:
-        """Write ``results.json``; its path.
+    def publish(self, plan: list[Line]) -> Line:
+        """Write ``results.json``, all that a reader of a table must know; its content.
 
         Args:
             plan: the runs that belong to it.
-            facts: what else a reader must know, as JSON.
         """
-        path = self.out / "results.json"
-        asked = {k: v for k, v in vars(self.options).items() if not isinstance(v, Path)}
         content = {
-            "command": self.name,
-            "options": asked,
+            "example": self.name,
+            "command": command_line(self.name, sys.argv[1:]),
             "machine": machine(self.device),
             "date": time.strftime("%Y-%m-%d"),
-            **facts,
             "runs": [{"run": line, "result": self.record[line]} for line in plan],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        return path
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.results.write_text(json.dumps(content, indent=1) + "\n")
+        return content
+
+    @property
+    def results(self) -> Path:
+        """Where ``publish`` writes."""
+        return self.out / "results.json"
+
+
+def by_method(runs: list[Line]) -> dict[str, list[Line]]:
+    """The results of ``runs`` (as in results.json), seed by seed, of each method."""
+    found: dict[str, list[Line]] = {}
+    for run in runs:
+        found.setdefault(run["run"]["method"], []).append(run["result"])
+    return found
+
+
+def command_line(name: str, words: Sequence[str]) -> str:
+    """How to make the same results elsewhere: without folders and ``--resume``."""
+    kept, rest = [f"python -m examples.{name}"], list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, joined, _ = word.partition("=")
+        if flag in ("--out", "--data-dir"):
+            rest = rest if joined else rest[1:]
+        elif flag != "--resume":
+            kept.append(word)
+    return " ".join(kept)
 
 
 def _move_aside(folder: Path) -> None:

@@ -9,8 +9,9 @@ Letters: u the upper and v the lower variables, f and g the losses.
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,19 @@ class Solver(NamedTuple):
 
     step: Step
     rules: tuple[torch.optim.Optimizer, ...]
+
+
+def anneal(rules: Sequence[torch.optim.Optimizer], share: float) -> None:
+    """Every rate falls along a cosine: as it was at share 0 of a run, 0 at share 1.
+
+    torch's schedulers would complain of a rule whose ``step`` is not called, which is how higher
+    takes its rule for v.
+    """
+    for rule in rules:
+        for group in rule.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * (
+                0.5 + 0.5 * math.cos(math.pi * share)
+            )
 
 
 def library(name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.shared import command, run
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, by_method
 from examples.shared.run import Run
 
 LINE = {"method": "a method", "seed": 3}
@@ -133,17 +133,20 @@ class TestExperiment:
         assert len(list(tmp_path.glob("out*/runs.jsonl"))) == 3
         assert "moved to" in capsys.readouterr().err
 
-    def test_the_file_of_results_holds_the_runs_of_the_plan_and_no_path(self, tmp_path):
+    def test_the_file_of_results_holds_the_runs_of_the_plan_and_no_path(
+        self, tmp_path, monkeypatch
+    ):
+        words = ["", "--seeds", "4", "--out", str(tmp_path), f"--data-dir={tmp_path}", "--resume"]
+        monkeypatch.setattr("sys.argv", [*words, "--smoke"])
         experiment = Experiment("sample", parsed("--out", str(tmp_path / "out")))
         self.perform(experiment, self.plan(0, 1))
-        path = experiment.publish(self.plan(1), note="a fact")
-        content = json.loads(path.read_text())
-        assert content["command"] == "sample"
-        assert content["note"] == "a fact"
+        content = experiment.publish(self.plan(1))
+        assert json.loads(experiment.results.read_text()) == content
+        assert content["example"] == "sample"
+        assert content["command"] == "python -m examples.sample --seeds 4 --smoke"
         assert [r["run"]["seed"] for r in content["runs"]] == [1, 1]
-        assert [r["result"]["value"] for r in content["runs"]] == [13, 13]
-        assert content["options"]["seeds"] == 4
-        assert str(tmp_path) not in path.read_text()
+        assert by_method(content["runs"]) == {"one": [{"value": 13}], "two": [{"value": 13}]}
+        assert str(tmp_path) not in experiment.results.read_text()
 
 
 class TestFlags:
