@@ -31,8 +31,8 @@ def cached(archive: Path, content: str, make: Callable[[], Arrays]) -> Arrays:
     name = f"{archive.stem}-{archive.stat().st_size}-{digest[:16]}-{content}.npz"
     path = user_cache() / "decoded" / name
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            return dict(kept)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         arrays = make()
     try:

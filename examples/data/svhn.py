@@ -1,8 +1,8 @@
 """SVHN, cropped: colour photographs of house numbers, 32 x 32 pixels around a digit.
 
 73,257 training and 26,032 test images in 10 classes, the digits. The original files of Netzer et
-al. (2011), "Reading digits in natural images with unsupervised feature learning"; for
-non-commercial use only, as their page says.
+al. (2011), "Reading digits in natural images with unsupervised feature learning". The
+files state no licence; non-commercial use only is commonly given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tables of the UCI repository, made binary.
 
-The files of github.com/treforevans/uci_datasets (MIT), at a fixed commit; the data themselves are
-the UCI repository's, mostly CC BY 4.0.
+The files of github.com/treforevans/uci_datasets (MIT), at a fixed commit; each table's own terms
+are on its page at the UCI repository.
 """
 
 from __future__ import annotations

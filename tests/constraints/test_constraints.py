@@ -10,7 +10,14 @@ from constrained import follow, in_set, leaf
 from tasks import Task
 
 from torch_penalty_bilevel import NonFiniteError, PenaltyBilevelOptimizer
-from torch_penalty_bilevel.constraints import Ball, Box, Inequality, NonNegative, Simplex
+from torch_penalty_bilevel.constraints import (
+    Ball,
+    Box,
+    BoxAndBall,
+    Inequality,
+    NonNegative,
+    Simplex,
+)
 
 
 def constrained_task(**options):
@@ -250,11 +257,16 @@ def test_what_an_inequality_returns_is_checked():
             task.run(2)
 
 
-def test_sparse_gradients_under_a_constraint_are_refused():
+@pytest.mark.parametrize(
+    "constraint", [Ball(100.0), Box(-100, 100), BoxAndBall(-100, 100, 100.0), Simplex()]
+)
+def test_sparse_gradients_under_a_constraint_are_refused(constraint):
     table = torch.nn.Embedding(5, 2, sparse=True)
+    with torch.no_grad():
+        table.weight.copy_(constraint.project(table.weight))
     v = leaf(torch.zeros(2))
     optimizer = PenaltyBilevelOptimizer(
-        torch.optim.SparseAdam(table.parameters()), [v], upper_constraint=Ball(100.0)
+        torch.optim.SparseAdam(table.parameters()), [v], upper_constraint=constraint
     )
     with pytest.raises(TypeError, match="needs dense gradients"):
         optimizer.step(

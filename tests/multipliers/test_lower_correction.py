@@ -7,7 +7,6 @@ import torch
 
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity, testing
 from torch_penalty_bilevel.constraints import Box, Inequality
-from torch_penalty_bilevel.multipliers.subspace import Products, correction, lower_correction
 
 
 def optimizer_of(u, v, *, lr=0.01, correct_lower=True, **options):
@@ -48,10 +47,11 @@ def test_two_unknowns_are_at_the_minimiser_at_once():
     assert float((v.detach() - target).norm()) > 0.1
 
 
-def test_one_jump_is_that_of_dense_algebra():
+@pytest.mark.parametrize("steps", [25, 45, 90])
+def test_one_jump_is_that_of_dense_algebra(steps):
     u, v, f, g, hessian, target = quadratic(torch.logspace(0, 2, 12))
     optimizer = optimizer_of(u, v, lr=1e-3)
-    for _ in range(25):
+    for _ in range(steps):
         optimizer.lower_step(f, g)
     rule, before = optimizer.penalty.rule, copy.deepcopy(optimizer._dual)
     at, multiplier = v.detach().clone(), before.multiplier[0]
@@ -59,34 +59,28 @@ def test_one_jump_is_that_of_dense_algebra():
     basis = torch.stack([multiplier, multiplier - before.past[0], before.past_move[0]], 1)
     residual = hessian @ (at - target)
     inner = torch.linalg.inv(basis.T @ hessian @ basis)
-    move = -before.forecast.gain * basis @ inner @ basis.T @ residual
-    assert before.forecast.gain > 0.5
+    trust = optimizer._dual.trust
+    move = -trust.lower_gain * basis @ inner @ basis.T @ residual
+    reach = 2 * before.lower_move[0].norm()
+    move *= min(1.0, float(reach / move.norm()))
+    assert trust.lower_gain > 0.1
+    assert trust.lower_surprise < 1e-10  # nothing but v moves
     assert rule.share > 0
     there = residual + hessian @ move
     slope = optimizer._seen[2]
     adjoint_residual = (hessian @ multiplier) + torch.autograd.grad(f(), v)[0]
     direction = there + optimizer._dual.pull * adjoint_residual
-    torch.testing.assert_close(v.detach(), at + move - 1e-3 * direction, rtol=1e-9, atol=1e-12)
+    after = at + move - 1e-3 * direction
+    torch.testing.assert_close(v.detach(), after, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(optimizer._dual.lower_move[0], after - at, rtol=1e-9, atol=1e-12)
     assert slope.residual == pytest.approx(float(residual.norm()))  # of where v was
-
-
-def test_the_matrix_is_that_of_the_multiplier():
-    torch.manual_seed(0)
-    rows = torch.randn(8, 6)
-    root = torch.randn(6, 6)
-    rows[3:6] = rows[:3] @ (root @ root.T)
-    products = Products.of(tuple((rows @ rows.T).reshape(-1).tolist()), 0.0)
-    assert products.lower_slopes == pytest.approx((rows[:3] @ rows[7]).tolist())
-    swapped = products._replace(slopes=products.lower_slopes)
-    assert lower_correction(products, 1.0, 0.5) == pytest.approx(correction(swapped, 1.0, 0.5, 1.0))
-    assert lower_correction(products, 1.0, 0.0) == [0.0] * 3
 
 
 def steps_to(error, kappa, correct_lower, limit):
     problem = testing.get("quadratic", kappa=kappa)
     u, v = (t.requires_grad_() for t in problem.start(torch.Generator().manual_seed(0)))
     optimizer = optimizer_of(
-        u, v, lr=1 / kappa, upper_lr=0.1, correct_lower=correct_lower, lower_steps=5
+        u, v, lr=1 / kappa, upper_lr=0.03, correct_lower=correct_lower, lower_steps=5
     )
     for step in range(1, limit // 5 + 1):
         optimizer.step(lambda: problem.upper_loss(u, v), lambda: problem.lower_loss(u, v))
@@ -96,9 +90,9 @@ def steps_to(error, kappa, correct_lower, limit):
 
 
 def test_an_ill_conditioned_level_follows_sooner():
-    """At condition 1e3 a factor of seven; the plain form needs about 3,000."""
-    assert steps_to(1e-6, 1e3, True, 1000) < 600
-    assert steps_to(1e-6, 1e3, False, 1500) == 1500
+    """At condition 1e3; without, a good deal more than 1,200 (``benchmarks/condition``)."""
+    assert steps_to(1e-6, 1e3, True, 1200) < 900
+    assert steps_to(1e-6, 1e3, False, 1200) == 1200
 
 
 @pytest.mark.parametrize("held", [{"lr": 0.0}, {"frozen": True}])
@@ -157,7 +151,54 @@ def spread_under_batches(correct_lower):
 def test_batches_that_disagree_leave_v_to_its_rule():
     """A full Newton step on every batch would spread v as far as the batches' own minimisers."""
     corrected, plain = spread_under_batches(True), spread_under_batches(False)
-    assert corrected == pytest.approx(plain, rel=0.02)
+    # The few jumps before trust is lost leave another path; with a gain of 1 it is several times.
+    assert corrected == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:the lower loss does not depend on")
+def test_what_no_loss_uses_stays():
+    u, a, b = (torch.zeros(4, requires_grad=True) for _ in range(3))
+    curvatures, wanted = torch.logspace(-2, 0, 4), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    penalty = Stationarity(LeastSquares(correct_lower=True))
+    optimizer = PenaltyBilevelOptimizer([u], [a, b], upper_lr=0.0, lower_lr=0.01, penalty=penalty)
+
+    def step(head):
+        optimizer.step(
+            lambda: (head - wanted).square().sum() / 2 + 0 * u.sum(),
+            lambda: (curvatures * (head - 1 - u)).square().sum() / 2,
+        )
+
+    for _ in range(300):
+        step(a)
+    assert optimizer._dual.trust.lower_gain > 0.5
+    held, other = a.detach().clone(), b.detach().clone()
+    for _ in range(100):
+        step(b)
+    torch.testing.assert_close(a.detach(), held, rtol=0, atol=0)
+    assert not torch.equal(b.detach(), other)
+
+
+@pytest.mark.parametrize("share", [0.5, 1e-3])
+def test_a_schedule_of_the_rate_shortens_the_jump(share):
+    """By as much as the step of the rule: plain gradient descent moves by ``share`` of both."""
+    moves = []
+    for scheduled in (False, True):
+        u, v, f, g, *_ = quadratic(torch.logspace(0, 2, 12))
+        optimizer = optimizer_of(u, v, lr=1e-3)
+        for _ in range(60):
+            optimizer.lower_step(f, g)
+        optimizer._dual = optimizer._dual.but(pull=0.0)
+        optimizer.penalty.rule.share = 0.0
+        if scheduled:
+            torch.optim.lr_scheduler.LambdaLR(optimizer.lower, lambda epoch: share)
+        at, residual = v.detach().clone(), torch.autograd.grad(g(), v)[0]
+        optimizer.lower_step(f, g)
+        moves.append((v.detach() - at, residual))
+    (whole, residual), (part, _) = moves
+    jump = (whole + 1e-3 * residual).norm()
+    assert float(jump) > 0.1 * float(whole.norm())
+    # The rule's own step starts where the jump ends: a difference of order share * rate * H jump.
+    torch.testing.assert_close(part, share * whole, rtol=0, atol=float(0.11 * share * jump))
 
 
 def test_a_run_goes_on_from_its_checkpoint():

@@ -1,14 +1,16 @@
 """Linear algebra in Python numbers against torch's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from torch_penalty_bilevel.multipliers import small_matrices as small
+from torch_penalty_bilevel.multipliers.lower_correction import NO_TRUST, coefficients_of
 from torch_penalty_bilevel.multipliers.subspace import (
     Products,
     conjugate,
     correction,
-    lower_correction,
     orthonormal,
     seen,
 )
@@ -68,7 +70,7 @@ def test_a_diagonal_of_ones():
 def products(basis, mixed, images=None, slopes=(0.0,) * 3, image_slopes=(0.0,) * 3):
     images = mixed @ mixed if images is None else images
     matrices = (m.tolist() for m in (basis, mixed, images))
-    return Products(*matrices, list(slopes), list(image_slopes), 0.0, [0.0] * 3, True)
+    return Products(*matrices, list(slopes), list(image_slopes), 0.0, True, [0.0] * 3, [], [])
 
 
 def conjugate_directions(given):
@@ -145,5 +147,7 @@ def test_how_flat_a_direction_may_be():
     given = given._replace(slopes=ones, image_slopes=curvatures.tolist(), lower_slopes=ones)
     assert correction(given, 1.0, 1.0, 1.0) == pytest.approx([-1.0, 0.0, 0.0])
     assert correction(given, 1.0, 1.0, 0.0) == pytest.approx([-1.0, -2000.0, 0.0])
-    assert lower_correction(given, 1.0, 1.0) == pytest.approx([-1.0, -2000.0, 0.0])
+    given = given._replace(lower_squares=[1.0, 1e12])
+    trust = replace(NO_TRUST, lower_gain=1.0, lower_surprise=0.0)
+    assert coefficients_of(given, 1.0, trust) == pytest.approx([-1.0, -2000.0, 0.0])
     assert correction(given, 10.0, 1.0, 0.0) == pytest.approx([-1.0, 0.0, 0.0])

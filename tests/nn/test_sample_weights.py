@@ -81,7 +81,7 @@ def test_hypergradient_in_the_optimizer(engine, sparse, normalised):
         ),
         engine,
         lr=0.25,
-        steps=400,
+        steps=250,
         rule=rule,
     )
     # Those that are not in the batch have not moved.

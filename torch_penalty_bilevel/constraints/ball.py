@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .faces import Face
+from .faces import Face, check_dense
 from .inequality import is_number
 from .projection import Projection
 
@@ -42,6 +42,7 @@ class Ball(Projection):
 
     def face(self, point: Tensor, gradient: Tensor) -> Face:
         """The tangent plane of the sphere where x is on it and -gradient points outward."""
+        check_dense(gradient)
         dims = self._dims(point)
         wide = point.to(torch.promote_types(point.dtype, torch.float32))
         length = self._length(wide)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .faces import Face
+from .faces import Face, check_dense
 from .projection import Projection
 
 
@@ -47,6 +47,7 @@ class Box(Projection):
 
     def face(self, point: Tensor, gradient: Tensor) -> Face:
         """Holds entries at a bound whose -gradient points outward."""
+        check_dense(gradient)
         low, high = self._bounds(point)
         held = ((point <= low) & (gradient > 0)) | ((point >= high) & (gradient < 0))
 

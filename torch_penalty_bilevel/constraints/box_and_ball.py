@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .ball import Ball
 from .box import Box
-from .faces import Face
+from .faces import Face, check_dense
 from .projection import Projection
 
 
@@ -55,43 +55,34 @@ class BoxAndBall(Projection):
     def face(self, point: Tensor, gradient: Tensor) -> Face:
         r"""Holds entries at a bound that -(gradient + lambda x) pushes outward.
 
-        lambda >= 0 keeps the move on the tangent plane of the sphere where x is on it. An entry at
+        Lambda >= 0 keeps the move on the tangent plane of the sphere where x is on it. An entry at
         a bound moves inwards once lambda > -g_i / x_i, so lambda is the mean of -g_i / x_i over the
         entries that move, weighted by x_i^2: found by sorting, as in ``Simplex``.
         """
+        check_dense(gradient)
         dims = self._ball._dims(point)
         x, low, high = self._rows(point)
         g = self._as_rows(gradient.to(x.dtype))
         bound = (x <= low) | (x >= high)
         outward = ((x <= low) & (g > 0)) | ((x >= high) & (g < 0))
-        # The sphere does not pull at an entry that is 0.
-        pulled = x != 0
-        wanted = torch.where(pulled, -g / torch.where(pulled, x, 1.0), 0.0)
-        key = torch.where(pulled, torch.where(bound, wanted, -torch.inf), torch.inf)
-        order = key.argsort(-1)
-        weights = x.square().gather(-1, order).cumsum(-1)
-        means = (-g * x).gather(-1, order).cumsum(-1) / torch.where(weights > 0, weights, 1.0)
-        free = (pulled & ~bound).sum(-1, keepdim=True)
-        joins = key.gather(-1, order)
-        joins = joins[..., 1:] < means[..., :-1]
-        joins = torch.cat([torch.ones_like(free, dtype=torch.bool), joins], -1)
-        last = joins.long().cumprod(-1).sum(-1, keepdim=True) - 1
-        pull = means.gather(-1, last)
-        at_radius = self._length(x) >= self.radius * (1 - _rounding(x, point.dtype))
-        active = (pull > 0) & (free > 0) & (at_radius)
-        moving = torch.where(active & bound & pulled, wanted <= pull, ~outward)
+        # The sphere does not pull at an entry that is 0, nor a row that stays.
+        asked = g.any(-1, keepdim=True)
+        on_sphere = asked & (self._length(x) >= self.radius * (1 - _rounding(x, point.dtype)))
+        pull, rows = torch.zeros_like(x[:, :1]), on_sphere.squeeze(1).nonzero().squeeze(1)
+        pull[rows] = self._pull(x[rows], g[rows], bound[rows])
+        active = pull > 0
+        moving = torch.where(active & bound & (x != 0), -g / x <= pull, ~outward)
         normal = torch.where(active & moving, x, 0.0)
         normal = normal / torch.where(active, self._length(normal), 1.0)
         shape = tuple(1 if d in dims else n for d, n in enumerate(point.shape))
-        m, on_sphere = moving.reshape(point.shape), active.reshape(shape)
+        m, curved = moving.reshape(point.shape), active.reshape(shape)
 
         def retract(before: Tensor, after: Tensor) -> Tensor:
             after = torch.where(m, after, before)
             on_plane = before + flat.tangent(after - before)
-            return self._project(torch.where(on_sphere, on_plane, after), ~moving)
+            return self._project(torch.where(curved, on_plane, after), ~moving)
 
-        curvature = torch.where(active, pull, 0.0).reshape(shape)
-        flat = Face(retract, m, normal.reshape(point.shape), dims, curvature)
+        flat = Face(retract, m, normal.reshape(point.shape), dims, pull.reshape(shape))
         return flat
 
     def values(self, point: Tensor) -> Tensor:
@@ -105,9 +96,24 @@ class BoxAndBall(Projection):
             low, high = torch.where(held, x, low), torch.where(held, x, high)
         clipped = torch.clamp(x, low, high)
         outside = self._length(clipped) > self.radius * (1 + _rounding(x, point.dtype))
-        scaled = torch.clamp(self._scale(x, low, high) * x, low, high)
-        nearest = torch.where(outside, scaled, clipped).reshape(point.shape)
+        rows = outside.squeeze(1).nonzero().squeeze(1)  # few: rows out of the batch have not moved
+        x, low, high = x[rows], low[rows], high[rows]
+        clipped[rows] = torch.clamp(self._scale(x, low, high) * x, low, high)
+        nearest = clipped.reshape(point.shape)
         return torch.where(nearest == point, point, nearest.to(point.dtype))
+
+    @staticmethod
+    def _pull(x: Tensor, g: Tensor, bound: Tensor) -> Tensor:
+        """Lambda of rows on the sphere; 0 where the box holds them."""
+        wanted = torch.where(bound, -g / torch.where(x != 0, x, 1.0), -torch.inf)
+        key = torch.where(x != 0, wanted, torch.inf)
+        order = key.argsort(-1)
+        weights = x.square().gather(-1, order).cumsum(-1)
+        means = (-g * x).gather(-1, order).cumsum(-1) / torch.where(weights > 0, weights, 1.0)
+        joins = key.gather(-1, order)[:, 1:] < means[:, :-1]
+        last = joins.long().cumprod(-1).sum(-1, keepdim=True)
+        free = (key == -torch.inf).any(-1, keepdim=True)
+        return torch.where(free, means.gather(-1, last).clamp(min=0), 0.0)
 
     def _scale(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The s at which clip(s x) has the length of the radius; of use where it is longer at 1."""

@@ -25,6 +25,15 @@ Retract: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(before, after) -> the point of the face that a step from ``before`` to ``after`` ends at."""
 
 
+def check_dense(vector: Tensor) -> None:
+    """Raise ``TypeError`` of a sparse gradient."""
+    if vector.layout != torch.strided:
+        raise TypeError(
+            "a constraint needs dense gradients, got a sparse one; use a dense parameter, or "
+            "keep sparse embeddings in a level without a constraint"
+        )
+
+
 def _stay(before: Tensor, after: Tensor) -> Tensor:
     del before
     return after
@@ -46,11 +55,7 @@ class Face:
 
     def tangent(self, vector: Tensor) -> Tensor:
         """P d, in the dtype of d. NaN and infinity stay visible, held entry or not."""
-        if vector.layout != torch.strided:
-            raise TypeError(
-                "a constraint needs dense gradients, got a sparse one; use a dense parameter, or "
-                "keep sparse embeddings in a level without a constraint"
-            )
+        check_dense(vector)
         wide = vector.to(torch.promote_types(vector.dtype, torch.float32))
         if self.moving is not None:
             wide = wide * self.moving

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .faces import Face
+from .faces import Face, check_dense
 from .projection import Projection
 
 
@@ -29,6 +29,7 @@ class Simplex(Projection):
 
     def face(self, point: Tensor, gradient: Tensor) -> Face:
         """Holds zeros that would not grow: those whose gradient is at least the moving mean's."""
+        check_dense(gradient)
         self._check(point)
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         free = point > 0

@@ -148,9 +148,17 @@ def rates(rule: Optimizer, name: str) -> set[float | None]:
     return {None if name not in group else float(group[name]) for group in rule.param_groups}
 
 
-def every_group_moves(rule: Optimizer) -> bool:
-    """Has no group the rate 0, which holds its parameters where they are?"""
-    return 0.0 not in rates(rule, "lr")
+def rate_left(rule: Optimizer) -> float:
+    """What schedules have left of the rates: the least share of a group, in [0, 1].
+
+    torch's schedulers keep a group's first rate as "initial_lr". A rate of 0 holds its parameters
+    where they are, with a scheduler or without.
+    """
+    shares: list[float] = []
+    for group in rule.param_groups:
+        rate, first = float(group["lr"]), float(group.get("initial_lr", 0.0))
+        shares.append(min(1.0, rate / first) if first > 0 else float(rate != 0.0))
+    return min(shares, default=1.0)
 
 
 def warn_of_coarse(lower: Optimizer) -> None:

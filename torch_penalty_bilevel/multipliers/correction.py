@@ -1,14 +1,14 @@
-"""One lower step's correction, of the multiplier and where asked of v, by what its state knows."""
+"""One lower step's correction of the multiplier, by what its state knows."""
 
 from __future__ import annotations
 
-from ..evaluation import Evaluation, Norms, Subspace
-from ..tensors import Tensors, cast_like, combination, sum_of
+from ..evaluation import Norms, Subspace
+from ..tensors import Tensors
+from . import lower_correction
 from . import subspace as spans
 from .averages import ratio
 from .forecast import expecting, judged
-from .least_squares_state import SubspaceState
-from .protocol import Jump
+from .least_squares_state import FollowedState, SubspaceState
 
 
 def check_asked(correct_lower: bool, subspace: bool | None, has_units: bool) -> None:
@@ -46,6 +46,8 @@ def corrected(
         reach: rho.
     """
     if subspace is None:
+        if isinstance(state, FollowedState):
+            state = state.but(trust=lower_correction.resting(state.trust))
         return multiplier, state.but(forecast=state.forecast.resting())
     bound = state.curvature + shift
     products = spans.Products.of(norms.inner_products, shift)
@@ -56,6 +58,9 @@ def corrected(
         step = ratio(1.0, bound)
         multiplier = spans.corrected(multiplier, subspace, coefficients, step, shift)
         forecast = expecting(forecast, products, coefficients, step)
+        if isinstance(state, FollowedState):
+            trust = lower_correction.judged(state.trust, products)
+            state = state.but(trust=lower_correction.remembering(trust, products))
     (past, move, _), (past_product, move_product, _) = subspace.basis, subspace.images
     return multiplier, state.but(
         past=past,
@@ -64,26 +69,3 @@ def corrected(
         past_move_product=move_product,
         forecast=forecast,
     )
-
-
-def lower_jump(
-    state: SubspaceState, evaluation: Evaluation, norms: Norms, shift: float
-) -> Jump | None:
-    """B c for v, and r + H B c; None without trust or directions.
-
-    The gain is the multiplier's: what spoils the images for one spoils them for the other. To judge
-    forecasts of B'r one would have to remember v as well, to know what its own rule did.
-    """
-    subspace = evaluation.subspace
-    if subspace is None:
-        return None
-    products = spans.Products.of(norms.inner_products, shift)
-    if not products.are_finite:
-        return None
-    bound, gain = state.curvature + shift, state.forecast.gain
-    coefficients = spans.lower_correction(products, bound, gain)
-    if not any(coefficients):
-        return None
-    image = cast_like(combination(coefficients, subspace.images), evaluation.residual)
-    residual = tuple(map(sum_of, evaluation.residual, image))
-    return Jump(combination(coefficients, subspace.basis), residual)

@@ -71,12 +71,10 @@ def judged(forecast: Forecast, products: Products) -> Forecast:
     unit = forecast.square_before + products.residual_square
     if not forecast.was_made or not unit > 0:
         return replace(forecast, idle=forecast.idle + 1)
-    # q_-1 = q - (q - q_-1), and the move until then is the last direction.
-    (qq, qm, qp), (_, mm, mp), (*_, pp) = products.basis
-    first, second, third = products.slopes
-    metric = qq - 2 * qm + mm, qp - mp, pp
-    error = _square(metric, first - second - forecast.along_multiplier, third - forecast.along_move)
-    before = _square(metric, forecast.along_multiplier_before, forecast.along_move_before)
+    first, second = of_last_span(products.slopes)
+    missing = first - forecast.along_multiplier, second - forecast.along_move
+    error = in_last_span(products, *missing)
+    before = in_last_span(products, forecast.along_multiplier_before, forecast.along_move_before)
     missed = average(forecast.missed, error / unit, _MEMORY)
     at_stake = average(forecast.at_stake, before / unit, _MEMORY)
     gain = max(0.0, 1.0 - missed / at_stake) if at_stake > 0 else 0.0
@@ -101,6 +99,24 @@ def expecting(
         square_before=products.residual_square,
         was_made=True,
     )
+
+
+def of_last_span(slopes: Vector) -> tuple[float, float]:
+    """<q_-1, x> and <q_-1 - q_-2, x> from B'x: of the directions that the last span had, too."""
+    multiplier, move, last_move = slopes  # q_-1 = q - (q - q_-1)
+    return multiplier - move, last_move
+
+
+def in_last_span(products: Products, first: float, second: float) -> float:
+    """||P x||^2, P the projection on q_-1 and q_-1 - q_-2.
+
+    Args:
+        products: of the span that holds both.
+        first: <q_-1, x>.
+        second: <q_-1 - q_-2, x>.
+    """
+    (qq, qm, qp), (_, mm, mp), (*_, pp) = products.basis
+    return _square((qq - 2 * qm + mm, qp - mp, pp), first, second)
 
 
 def _square(metric: tuple[float, float, float], first: float, second: float) -> float:

@@ -11,12 +11,12 @@ import math
 
 from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
+from . import lower_correction
 from .averages import average, ratio
-from .correction import check_asked, corrected, lower_jump
-from .least_squares_state import LeastSquaresState, SubspaceState
+from .correction import check_asked, corrected
+from .least_squares_state import FollowedState, LeastSquaresState, SubspaceState
 from .preconditioning import Preconditioner, Units, resting
 from .protocol import Jump, MultiplierRule
-from .subspace import Past
 from .watch import Watch
 
 _LARGEST_SUBSPACE = 10**7
@@ -49,16 +49,16 @@ class LeastSquares(MultiplierRule):
 
     w = share * L * D / S, where D holds the length rms(r) / L, about the way of v to the lower
     solution, and S the slope rms(grad_v f): the pull is a fixed share of g's own gradient, whatever
-    the units of f and g. Both are maxima that fade no faster than 1/t (S: 1/(t + 100), so
-    that it never fades before D), from averages over about 100 steps.
-    D: once v is at a minimiser of g, r no longer says how far the upper loss has still
-    to carry it along the set of minimisers. S: where both vanish, at a solution that f likes best,
-    their ratio says nothing, and w would grow until it throws v out. The present
-    ||a|| and ||grad_v f|| count in S at once, so that a loss that was zero for a while meets a w
-    made for it. A length and not rms(r), so that w follows when g changes its scale. Where f is
-    scaled down for good, S is too large for long: then only the pull is weak. (Both fading
-    geometrically forgets that, but loses the way along a set of minimisers in long runs: error
-    2e-6 for 1e-8. Holding ||a|| in S as well stalls there, at 2e-1, after g * 1e6.)
+    the units of f and g. Both are maxima that fade no faster than 1/t (S: 1/(t + 100), so that it
+    never fades before D), from averages over about 100 steps.
+    D: once v is at a minimiser of g, r no longer says how far f has still to carry it along the set
+    of minimisers. S: where both vanish, at a solution that f likes best, their ratio says nothing,
+    and w would grow until it throws v out. The present ||a|| and ||grad_v f|| count in S at once,
+    so that a loss that was zero for a while meets a w made for it. A length and not rms(r), so that
+    w follows when g changes its scale. Where f is scaled down for good, S is too large for long:
+    then only the pull is weak. (Both fading geometrically forgets that, but loses the way along a
+    set of minimisers in long runs: error 2e-6 for 1e-8. Holding ||a|| in S as well stalls there, at
+    2e-1, after g * 1e6.)
 
     mu = ridge * L + 2 kappa, kappa the most negative curvature <nu, H nu> / ||nu||^2 seen lately,
     as a positive number: along it nu would grow without bound, while H + 2 kappa I is as far above
@@ -81,14 +81,13 @@ class LeastSquares(MultiplierRule):
             does not follow the upper loss into the flat directions of g. Use it where the
             upper loss has few data, as one would regularise any least-squares fit.
         subspace: is the correction made? It keeps four vectors like v and costs a tenth to a half
-            of a step where a gradient is cheap, nothing where it rests; None: where v
-            has at most 10 million numbers. Never for maps and under lower inequalities, whose
-            systems are not symmetric.
-        correct_lower: is v, too, moved to the minimiser of g's quadratic model in the span of the
-            multipliers, v <- v - gain B (B'HB)^{-1} B'r, before the lower rule goes on from there?
-            No further product and no further vector. Where g is ill-conditioned and f and g see no
-            batches v then follows u many times faster; at a gain of 0, under batches, nothing
-            changes. Not while a lower rate is 0; g is a loss, without inequalities.
+            of a step where a gradient is cheap, nothing where it rests; None: where v has at most
+            10 million numbers. Never for maps and under lower inequalities.
+        correct_lower: does v, too, move towards the minimiser of g's quadratic model in that span,
+            before the lower rule goes on from there (``multipliers/lower_correction.py``)? No
+            further product, two vectors. Where g is ill-conditioned and sees no batches v follows u
+            many times faster; under noise it turns itself off. Step hooks do not see it, schedules
+            of the lower rate shorten it, a rate of 0 holds v. g is a loss, without inequalities.
         preconditioner: ``(vectors, power) -> tensors``, P^power times a tuple shaped like those
             lower parameters that move, for powers 1/2 and -1/2, P symmetric positive definite and
             as much like H as can be had: a diagonal, Kronecker factors. The multiplier then moves
@@ -153,6 +152,7 @@ class LeastSquares(MultiplierRule):
         small = sum(t.numel() for t in lower) <= _LARGEST_SUBSPACE
         corrects = small if self.subspace is None else self.subspace
         kind = SubspaceState if corrects else LeastSquaresState
+        kind = FollowedState if self.correct_lower else kind
         return kind.at(lower, damping=self.damping)
 
     def curvature_bound(self, state: LeastSquaresState) -> float | None:
@@ -170,7 +170,7 @@ class LeastSquares(MultiplierRule):
 
     def probes(self, state: LeastSquaresState) -> bool:
         due = state.steps < self._FIRST_PROBES or state.steps % self._PROBE_EVERY == 0
-        return due or not _is_backed(state)
+        return due or not state.is_backed()
 
     def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
         if self._units is not None:
@@ -202,23 +202,29 @@ class LeastSquares(MultiplierRule):
             vectors = self._units.vectors(*vectors)
         if not isinstance(state, SubspaceState) or not state.forecast.is_due(state.steps):
             return None if self._units is None else resting(vectors)
-        past = Past(state.past, state.past_product, state.past_move, state.past_move_product)
-        rest = (residual,) if self.correct_lower else ()
-        return past.span(*vectors, *rest)
+        rest = (residual, state.lower_move) if isinstance(state, FollowedState) else ()
+        return state.before().span(*vectors, *rest)
 
     def jump(self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms) -> Jump | None:
-        if not self.correct_lower or not isinstance(state, SubspaceState):
+        if not isinstance(state, FollowedState):
             return None
-        return lower_jump(state, evaluation, norms, self._whole_shift(state))
+        how = self._whole_shift(state), state.curvature
+        return lower_correction.jump(state.trust, evaluation, norms, *how)
+
+    def follows_lower(self, state: LeastSquaresState) -> bool:
+        return isinstance(state, FollowedState)
+
+    def followed(self, state: LeastSquaresState, move: Tensors) -> LeastSquaresState:
+        return state.but(lower_move=move)
 
     def lower_update(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, LeastSquaresState]:
-        if self._units is None:
+        units = self._units
+        if units is None:
             after = self._moved(state, evaluation, norms)
         else:
-            inside = self._units.inside(state, evaluation, norms)
-            after = self._units.outside(self._moved(*inside))
+            after = units.outside(self._moved(*units.inside(state, evaluation, norms)))
         residual = evaluation.residual
         if self.damping != 1.0:
             residual = scale(residual, self.damping)
@@ -233,8 +239,7 @@ class LeastSquares(MultiplierRule):
         if seen.probed > 0 or norms.product > 0:  # else H = 0 for all that is known
             multiplier = self._descended(seen, evaluation.adjoint_residual)
         if isinstance(seen, SubspaceState):
-            shift = self._whole_shift(seen)
-            how = norms, shift, self._reach(norms)
+            how = norms, self._whole_shift(seen), self._reach(norms)
             multiplier, seen = corrected(multiplier, seen, evaluation.subspace, *how)
         if watch.is_hopeless(state.steps):
             multiplier, watch = zeros_for(multiplier), watch.restarted(norms)
@@ -288,7 +293,7 @@ class LeastSquares(MultiplierRule):
         """L."""
         seen = max(ratio(norms.product, norms.adjoint), norms.probe_product)
         memory = self._CURVATURE_MEMORY
-        if not _is_backed(state):
+        if not state.is_backed():
             memory = self._UNBACKED_MEMORY if probed > 0 else 1.0
         return max(memory * state.curvature, seen, self._least_curvature)
 
@@ -297,11 +302,6 @@ def _slope(watch: Watch, norms: Norms) -> float:
     """S."""
     lately = math.sqrt(watch.adjoint_square + watch.slope_square)
     return max(watch.slope, lately, math.hypot(norms.adjoint_residual, norms.slope))
-
-
-def _is_backed(state: LeastSquaresState) -> bool:
-    """Did the last probe see curvature, and about as much as L says there is?"""
-    return 0 < state.probed >= 0.1 * state.curvature
 
 
 def _unit(tensors: Tensors) -> Tensors:

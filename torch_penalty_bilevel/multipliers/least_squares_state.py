@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from ..tensors import Tensors
 from .forecast import NOTHING_FORECAST, Forecast
+from .lower_correction import NO_TRUST, LowerTrust
 from .state import DIRECTION, ZEROS, DualState, along
+from .subspace import Past
 from .watch import Watch
 
 
@@ -34,6 +36,10 @@ class LeastSquaresState(DualState):
     """kappa."""
     watch: Watch = Watch()
 
+    def is_backed(self) -> bool:
+        """Did the last probe see curvature, and about as much as L says there is?"""
+        return 0 < self.probed >= 0.1 * self.curvature
+
 
 @dataclass(frozen=True, eq=False)
 class SubspaceState(LeastSquaresState):
@@ -48,3 +54,16 @@ class SubspaceState(LeastSquaresState):
     past_move_product: Tensors = along(ZEROS)
     """H times that."""
     forecast: Forecast = NOTHING_FORECAST
+
+    def before(self) -> Past:
+        """Where the multiplier was one lower step ago."""
+        return Past(self.past, self.past_product, self.past_move, self.past_move_product)
+
+
+@dataclass(frozen=True, eq=False)
+class FollowedState(SubspaceState):
+    """With what the correction of v remembers."""
+
+    lower_move: Tensors = along(ZEROS)
+    """How v moved after the last evaluation."""
+    trust: LowerTrust = NO_TRUST

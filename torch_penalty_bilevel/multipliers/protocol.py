@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
+import torch
+
 from ..evaluation import Evaluation, Norms, Subspace
-from ..tensors import Tensors
+from ..tensors import Tensors, dense
 from ..undo.rule_memory import Moments
 from .state import DualState
 
@@ -26,6 +28,15 @@ class Jump(NamedTuple):
     """To be added to v."""
     residual: Tensors
     """grad_v g where v then is, as far as known; the lower rule goes on from there."""
+
+    def shortened(self, share: float, residual: Tensors, norms: Norms) -> Jump:
+        """By ``share``, from ``residual`` on; what no loss hears stays where it is."""
+        if share == 1.0 and not any(norms.silent):
+            return self
+        ways = zip(self.move, norms.silent, strict=True)
+        move = tuple(torch.zeros_like(t) if silent else share * t for t, silent in ways)
+        pairs = zip(residual, self.residual, strict=True)
+        return Jump(move, tuple(torch.lerp(dense(r), there, share) for r, there in pairs))
 
 
 class MultiplierRule(Protocol):
@@ -79,9 +90,18 @@ class MultiplierRule(Protocol):
     def jump(self, state: Any, evaluation: Evaluation, norms: Norms) -> Jump | None:
         """How v moves before ``lower_update`` and the lower rule; by default not at all.
 
-        Not made while the rate of a lower group is 0.
+        Not made while the rate of a lower group is 0, and shorter by what a schedule has left of
+        the rates.
         """
         return None
+
+    def follows_lower(self, state: Any) -> bool:
+        """Is ``followed`` to be told how v moves? It costs a copy of v; by default not."""
+        return False
+
+    def followed(self, state: Any, move: Tensors) -> Any:
+        """The state once v has moved by ``move``, jump, lower rule and constraint together."""
+        return state
 
     def lower_update(self, state: Any, evaluation: Evaluation, norms: Norms) -> tuple[Tensors, Any]:
         """The gradient d for the lower rule, and the state after this lower step."""

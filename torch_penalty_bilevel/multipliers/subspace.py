@@ -28,11 +28,6 @@ are shorter than 1e-4 L or that error. On a system that stands still c_E alone i
 conjugate gradients cut short, one product late: H acts on what the plain step added only in the
 evaluation after it. Differences of multipliers and not the multipliers themselves, which are nearly
 parallel: so the inner products of float32 vectors tell the directions apart.
-
-The same matrix serves v, whose residual is r = grad_v g and on which the same H acts:
-v <- v - gain B (B'HB)^{-1} B'r. The directions are those in which the multiplier is slow, the flat
-ones of H, and v is slow in the same. Differences of v would be directions of its own, but what they
-see of H passes through the lower rule's momentum and the changes of u.
 """
 
 from __future__ import annotations
@@ -59,8 +54,8 @@ from .small_matrices import (
 )
 
 # Of L. Energy falls along what is flatter as along the kernel of H. The residual does not see
-# a kernel, nor does r, so these may look further: the last two are needed at condition 1e4.
-_LEAST_BY_ENERGY, _LEAST_BY_RESIDUAL, _LEAST_OF_LOWER = 1e-3, 1e-4, 1e-4
+# a kernel, so it may look further.
+_LEAST_BY_ENERGY, _LEAST_BY_RESIDUAL = 1e-3, 1e-4
 _NOISE = 2.0
 PARALLEL = 1e-5
 """Squared sine between directions that count as one: products in float32."""
@@ -75,7 +70,10 @@ class Past(NamedTuple):
     move_product: Tensors
 
     def span(self, multiplier: Tensors, product: Tensors, *slopes: Tensors) -> Subspace:
-        """With the latest multiplier and its product; ``slopes``: a, and r where v is corrected."""
+        """With the latest multiplier and its product.
+
+        ``slopes``: a; where v is corrected also r, and how v has moved since the evaluation before.
+        """
         product = _like(product, multiplier)
         basis = multiplier, axpy(-1.0, self.multiplier, multiplier), self.move
         images = product, axpy(-1.0, self.product, product), self.move_product
@@ -106,9 +104,13 @@ class Products(NamedTuple):
     """(HB)'a."""
     residual_square: float
     """||a||^2."""
-    lower_slopes: Vector
-    """B'r; empty where v is not corrected."""
     are_finite: bool
+    lower_slopes: Vector
+    """B'r; empty where v is not corrected, and so are the next two."""
+    lower_images: Vector
+    """(HB)'d, d how v has moved since the evaluation before."""
+    lower_squares: Vector
+    """||r||^2 and ||d||^2."""
 
     @classmethod
     def of(cls, inner_products: tuple[float, ...], shift: float) -> Products:
@@ -124,13 +126,15 @@ class Products(NamedTuple):
             slopes=[row[6] for row in rows[:3]],
             image_slopes=[row[6] for row in rows[3:6]],
             residual_square=rows[6][6],
-            lower_slopes=[number for row in rows[:3] for number in row[7:]],
             are_finite=are_finite,
+            lower_slopes=[row[7] for row in rows[:3]] if size > 7 else [],
+            lower_images=[row[8] for row in rows[3:6]] if size > 7 else [],
+            lower_squares=[rows[7][7], rows[8][8]] if size > 7 else [],
         )
         return found._shifted(shift) if shift else found
 
     def _shifted(self, mu: float) -> Products:
-        basis, mixed, images, slopes, image_slopes, square, lower_slopes, are_finite = self
+        basis, mixed, images, slopes, image_slopes, square, are_finite, *of_lower = self
         both = map(plus, mixed, [1.0] * 3, transposed(mixed))
         images = [plus(image, mu, row) for image, row in zip(images, both, strict=True)]
         first = basis[0]  # <b_i, q>
@@ -141,8 +145,8 @@ class Products(NamedTuple):
             plus(slopes, mu, first),
             plus(image_slopes, mu, plus(plus(slopes, 1.0, mixed[0]), mu, first)),
             square + mu * (2 * slopes[0] + mu * first[0]),
-            lower_slopes,
             are_finite,
+            *of_lower,
         )
 
 
@@ -195,20 +199,11 @@ def correction(products: Products, bound: float, gain: float, reach: float) -> l
     energy = conjugate(curvature, max(_LEAST_BY_ENERGY * bound, noise), rows)
     squares, least = congruent(products.images, rows), max(_LEAST_BY_RESIDUAL * bound, noise)
     residual = conjugate(squares, least**2, rows)
-    found = _descended(energy, products.slopes, gain * reach)
-    return plus(found, 1.0, _descended(residual, products.image_slopes, gain * (1.0 - reach)))
+    found = descended(energy, products.slopes, gain * reach)
+    return plus(found, 1.0, descended(residual, products.image_slopes, gain * (1.0 - reach)))
 
 
-def lower_correction(products: Products, bound: float, gain: float) -> list[float]:
-    """Those that v moves by: its residual is r, which H can reach, and the same H acts on it."""
-    if gain == 0:
-        return [0.0, 0.0, 0.0]
-    rows, curvature, noise = seen(products)
-    directions = conjugate(curvature, max(_LEAST_OF_LOWER * bound, noise), rows)
-    return _descended(directions, products.lower_slopes, gain)
-
-
-def _descended(rows: Matrix, slopes: Vector, gain: float) -> list[float]:
+def descended(rows: Matrix, slopes: Vector, gain: float) -> list[float]:
     """To the minimum in the span of conjugate directions, times ``gain``."""
     found = [0.0, 0.0, 0.0]
     for row in rows:

@@ -24,8 +24,9 @@ class SampleWeights(nn.Module):
         count: N, the number of samples.
         initial: first weights in (0, 1): a number, or a tensor (N,).
         sparse: the gradient holds the samples of the batch only, in a sparse tensor: a step costs
-            as much as the batch, not N. Needs ``torch.optim.SparseAdam`` or ``SGD`` without
-            momentum over these weights, a ready optimizer for the level, and no constraint.
+            as much as the batch, not N. Give the optimizer a ready ``torch.optim.SparseAdam`` or
+            ``SGD`` over these weights (Adam refuses them) and no constraint. With ``curvature``
+            "functional" gradients are dense all the same.
         dtype: of the weights; default: torch's.
         device: where they lie.
 
@@ -126,8 +127,9 @@ class SampleWeights(nn.Module):
             return self.logits.sigmoid()
         if not self.sparse:
             return self.logits[index].sigmoid()
-        flat = torch.gather(self.logits, 0, index.reshape(-1), sparse_grad=True)
-        return flat.reshape(index.shape).sigmoid()
+        flat = index.reshape(-1).to(self.logits.device)
+        logits = torch.gather(self.logits, 0, flat, sparse_grad=True)
+        return logits.reshape(index.shape).sigmoid()
 
     def weighted_mean(
         self, losses: Tensor, index: Tensor | None = None, normalised: bool = True

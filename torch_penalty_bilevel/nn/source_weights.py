@@ -101,9 +101,9 @@ class SourceWeights(nn.Module):
         return self._nearer(p, self._nearer(p, share.detach()))
 
     def _nearer(self, p: Tensor, share: Tensor) -> Tensor:
-        log = _blend(p, share).log()
-        lacking = self.entropy_floor + (_blend(p, share) * log).sum()
-        return share + lacking / ((p - 1 / len(p)) * log).sum()
+        w = _blend(p, share)
+        log = w.log()
+        return share + (self.entropy_floor + w @ log) / ((p - 1 / len(p)) @ log)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -111,4 +111,4 @@ class SourceWeights(nn.Module):
 
 
 def _blend(p: Tensor, share: Tensor) -> Tensor:
-    return (1 - share) * p + share / len(p)
+    return torch.lerp(p, torch.full_like(p, 1 / len(p)), share)

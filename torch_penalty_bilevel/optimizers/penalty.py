@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,22 +25,11 @@ from ..levels.trial_step import stepped
 from ..metrics import Metrics
 from ..multipliers import Memories
 from ..penalties import Losses, Penalty, Reduce, one_worker
-from ..tensors import Pair, Tensors, shift
+from ..tensors import Pair, Tensors, axpy, clones, shift
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
 from .penalty_memory import RemembersDual
-from .two_level import Here
-
-
-class Seen(NamedTuple):
-    """One evaluation, and where it was made."""
-
-    evaluation: Evaluation
-    norms: Norms
-    here: Here
-    moving: list[bool]
-    """Which lower parameters and multipliers of inequalities: of these, all."""
-
+from .two_level import Seen
 
 _ADVICE = self_check.Advice(
     solver="multiplier",
@@ -322,10 +311,9 @@ class PenaltyBilevelOptimizer(RemembersDual):
         rule, lower = self.penalty.rule, here.at.lower
         dual = self._dual.only(moving)
         jump = rule.jump(dual, evaluation, norms)
-        if jump is not None and rules.every_group_moves(self.lower):
+        if jump is not None:
+            jump = jump.shortened(rules.rate_left(self.lower), evaluation.residual, norms)
             evaluation = evaluation._replace(residual=jump.residual)
-        else:
-            jump = None
         direction, advanced = rule.lower_update(dual, evaluation, norms)
 
         def move(point: Tensors, gradients: Tensors, memory: Memories) -> tuple[Tensors, Memories]:
@@ -333,10 +321,13 @@ class PenaltyBilevelOptimizer(RemembersDual):
 
         advanced = rule.follow(advanced, evaluation, move)
         levels.give(self.lower, norms.heard(direction))
+        before = clones(lower) if rule.follows_lower(dual) else ()
         with evaluation.lower_face.retracting(lower):
             if jump is not None:
                 shift(lower, jump.move)
             rules.step_without_decay(self.lower)
+        if before:
+            advanced = rule.followed(advanced, axpy(-1.0, before, tuple(p.detach() for p in lower)))
         advanced = self._sets.lower.ascend_jointly(rule, dual, advanced, evaluation)
         self._dual = self._dual.merged(advanced, moving, here.lower)
         adjoint = rule.adjoint(advanced, evaluation.residual)

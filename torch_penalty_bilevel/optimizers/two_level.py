@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import levels
 from ..adapters.closures import both_of
 from ..errors import warn
+from ..evaluation import Evaluation, Norms
 from ..levels import checkpoint, rules
 from ..tensors import Pair, Tensors
 from ..undo.scope import Scope
@@ -30,6 +31,16 @@ class Here(NamedTuple):
     """All of the lower level."""
     moves: list[bool]
     """Which of them."""
+
+
+class Seen(NamedTuple):
+    """One evaluation, and where it was made."""
+
+    evaluation: Evaluation
+    norms: Norms
+    here: Here
+    moving: list[bool]
+    """Which lower parameters and multipliers of inequalities: of these, all."""
 
 
 class TwoLevelOptimizer(levels.Joined):
