@@ -62,12 +62,14 @@ SMALL = {
     "benchmarks.speed.correction": "--sizes 1e3 --batch 8 --rounds 2",
     "benchmarks.speed.overhead": "--rounds 1",
     "examples.denoise_digits": "--seeds 1 --steps 5 --output {}/picture.png",
+    "examples.results": "--runs {}/runs --page {}/page.md",
     "examples.synthetic": "--smoke --out {}/out",
 }
 ON_DATA = {
     "benchmarks.race": "--quick --methods 'penalty, value gap' "
     "--data {data}/mnist --output {}/runs.jsonl",
     "examples.data": "mnist uci --data-dir {data}",
+    "examples.denoise": "--smoke --method all --data-dir {data} --out {}/out",
     "examples.equilibrium_mnist": "--smoke --method penalty --data-dir {data} --out {}/out",
     "examples.tune_l2": "--smoke --data-dir {data} --out {}/out",
 }

@@ -1,0 +1,1 @@
+"""Wrong labels found by learning one weight per training sample."""

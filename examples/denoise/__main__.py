@@ -1,0 +1,153 @@
+"""Find wrong labels by learning one weight per training image, from a few clean images.
+
+    python -m examples.denoise                                    # MNIST, 50 % wrong labels
+    python -m examples.denoise --method all --seeds 5             # with torchopt, higher, ...
+    python -m examples.denoise --model linear --clean 5000        # the published small setting
+    python -m examples.denoise --model cnn --train 59000 --noise 0.25
+    python -m examples.denoise --dataset cifar10 --noise 0.25
+    python -m examples.denoise --flip pair --noise 0.4            # wrong labels with a system
+
+The network trains on the weighted noisy images, the weights want it to do well on the clean ones
+(``formulation.py``). After Mehra & Hamm (ACML 2021), "data denoising by importance learning".
+
+Rows that learn weights show the running network v and, like all others, a fresh one trained on
+the images with weight above one half and the clean images. Simple rows: the clean images alone
+("validation"), everything ("noisy"), what a model of the clean images agrees with ("agreement"),
+what an early-stopped model of everything agrees with ("self_filter"), the right labels ("oracle").
+"gap closed": 0 as "validation", 1 as "oracle", by the better of the two networks.
+
+The picture shows the images with the lowest weights, the runs, and the learned weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from examples.denoise.formulation import Cleaning
+from examples.denoise.learned import METHODS, learn, score
+from examples.denoise.problem import Problem, load, make_problem
+from examples.denoise.report import draw, section
+from examples.denoise.rows import ROWS, accuracy, fit
+from examples.shared import command
+from examples.shared.experiment import Experiment
+from examples.shared.record import Line
+from examples.shared.run import Run
+
+NAMES = (*ROWS, *METHODS)
+DEFAULT = (*ROWS, "penalty")
+TRAIN = {"mnist": 5000, "cifar10": 9000, "svhn": 72257}
+SMOKE = {"train": 200, "clean": 50, "budget": 90}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = command.parser(__spec__, __doc__)
+    add = parser.add_argument
+    add("--dataset", choices=tuple(TRAIN), default="mnist", help="(mnist)")
+    add("--model", choices=("linear", "mlp", "cnn"), help="(mlp for MNIST, else cnn)")
+    add("--train", type=int, help=f"noisy images ({TRAIN})")
+    add("--clean", type=int, default=1000, help="clean images, equally many per class (1000)")
+    add("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")
+    add("--clean-share", type=float, default=0.2, help="weight s of f in g (0.2; published: 0)")
+    add("--flip", choices=("uniform", "pair"), default="uniform", help="(uniform)")
+    command.add_common(parser, NAMES, DEFAULT, 3000, "gradients and products", seeds=3)
+    options = parser.parse_args()
+    options.model = options.model or ("mlp" if options.dataset == "mnist" else "cnn")
+    options.train = options.train or TRAIN[options.dataset]
+    if options.smoke:
+        vars(options).update(SMOKE)
+    if not 0 <= options.noise < 1:
+        parser.error(f"--noise must lie in [0, 1), got {options.noise}")
+    if not 0 <= options.clean_share < math.inf:
+        parser.error(f"--clean-share must be at least 0, got {options.clean_share}")
+    if options.clean < 10 or options.clean % 10:
+        parser.error(f"--clean must be a positive multiple of 10, got {options.clean}")
+    return options
+
+
+def planned(options: argparse.Namespace) -> list[Line]:
+    """Every run that is asked for, as the record knows it; seed by seed."""
+    keys = ("dataset", "model", "train", "clean", "noise", "flip")
+    learning = {"budget": options.budget, "clean_share": options.clean_share}
+    common = {key: getattr(options, key) for key in keys}
+    return [
+        {**common, "method": name, "seed": seed} | (learning if name in METHODS else {})
+        for seed in command.seeds_of(options)
+        for name in command.methods_of(options, NAMES)
+    ]
+
+
+class Rows:
+    """Does one run after another, on the data of its seed."""
+
+    def __init__(self, options: argparse.Namespace, experiment: Experiment) -> None:
+        self.data = load(options.dataset, options.data_dir)
+        self.experiment = experiment
+        self._problem: Problem | None = None
+
+    def problem(self, line: Line) -> Problem:
+        """The data of a run; those of the last seed are kept."""
+        if self._problem is None or self._problem.seed != line["seed"]:
+            keys = ("model", "train", "clean", "noise", "flip")
+            sizes = {key: line[key] for key in keys}
+            made = make_problem(self.data, line["seed"], grey=line["dataset"] == "svhn", **sizes)
+            self._problem = made.to(self.experiment.device)
+        return self._problem
+
+    def weights(self, line: Line) -> Path:
+        """Where those of a run are, for the picture."""
+        return self.experiment.out / "weights" / f"{line['method']}-{line['seed']}.pt"
+
+    def __call__(self, line: Line, run: Run) -> Line:
+        """One row on one seed."""
+        problem, name = self.problem(line), line["method"]
+        torch.manual_seed(problem.seed)
+        if name in METHODS:
+            method = METHODS[name]
+            task = Cleaning(problem, line["clean_share"])
+            scores, result = learn(name, task, method.rates, line["budget"], run)
+            self.weights(line).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(scores.cpu(), self.weights(line))
+        else:
+            began = time.process_time()
+            scores = ROWS[name](problem)
+            result = {"seconds": time.process_time() - began}
+        model = fit(problem, scores > 0.5, name)
+        result["retrained"] = accuracy(model, problem.test_images, problem.test_labels)
+        return result | score(scores, problem)
+
+    def draw(self, plan: list[Line], path: Path) -> None:
+        """The runs of the first seed, with the weights of "penalty", else of another method."""
+        first = [line for line in plan if line["seed"] == plan[0]["seed"]]
+        results = {line["method"]: [self.experiment.record[line]] for line in first}
+        learned = sorted(set(METHODS) & set(results), key=lambda name: name != "penalty")
+        if not learned:
+            return
+        chosen = next(line for line in first if line["method"] == learned[0])
+        title = f"{chosen['dataset']}, {chosen['noise']:.0%} wrong labels ({chosen['flip']})"
+        weights = torch.load(self.weights(chosen), weights_only=True)
+        draw(self.problem(chosen), weights, results, title, path)
+        print(f"picture: {path}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run what is asked for; print and draw it."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    experiment = Experiment("denoise", options)
+    rows, plan = Rows(options, experiment), planned(options)
+    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
+        experiment.perform(part, rows)
+        rows.draw(part, experiment.out / "denoise.png")  # something to see after the first seed
+    print(section(experiment.publish(plan)))
+    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+
+
+if __name__ == "__main__":
+    main()
