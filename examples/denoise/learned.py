@@ -66,7 +66,7 @@ METHODS = {
         Rates(3e-3, 0.3, 1),
         lambda steps: steps + 8,
     ),
-    "higher": Method(unrolled, Rates(3e-3, 1.0, 5), lambda steps: 2 * steps + 1),
+    "higher": Method(unrolled, Rates(1e-3, 0.3, 5), lambda steps: 2 * steps + 1),
 }
 
 
