@@ -23,8 +23,8 @@ RUNS = Path(__file__).with_name("runs")
 PAGE = Path(__file__).parents[1] / "RESULTS.md"
 HEAD = """# Results of the examples
 
-Written by `python -m examples.results` from the files in `examples/results/runs`. Medians (ranges) over the seeds; every
-table names the command that made it. Published numbers carry their source.
+Written by `python -m examples.results` from the files in `examples/results/runs`. Medians (ranges)
+over the seeds; every table names the command that made it. Published numbers carry their source.
 """
 
 
