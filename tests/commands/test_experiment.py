@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from examples.results import __main__ as results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from examples.results import __main__ as results
 from examples.shared import command, run
 from examples.shared.experiment import Experiment, by_method
 from examples.shared.run import Run
