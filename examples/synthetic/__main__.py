@@ -16,9 +16,9 @@ v*(u) lie outside.
     reverse          RMD: back through the lower steps, which are plain gradient steps
     alternating      the paper's "GD": descent on f in u with v held, and on g in v
 
-All but v in "reverse" take Adam steps at one rate for both levels, which falls to 0 along a cosine
-of the budget spent; a budget counts gradients and second-order products. Rates and lower steps
-were chosen on seed 100 (``methods.py``).
+All take Adam steps at one rate for both levels, which falls to 0 along a cosine of the budget
+spent; v in "reverse" takes gradient steps of 1 / curvature. A budget counts gradients and
+second-order products. Rates and lower steps were chosen on seed 100 (``methods.py``).
 
 What to see there. On the solutions of the lower level of figure1 and SMD21 to SMD23 f has no slope
 in u (its first term is free of u, the other one is stationary): "alternating" stops as soon as v

@@ -75,15 +75,17 @@ def curvature(of: testing.Problem, u: Tensor, v: Tensor) -> float:
     return torch.linalg.matrix_norm(hessian, 2).item()
 
 
-# Chosen on seed 100.
+# Of the rates 0.1, 0.3 and 1 with T = 1, 5 and 20 (1 not with 20) the best on seed 100 with the
+# default budget, by the mean over the problems of log(error), errors below 1e-6 counted as 1e-6.
+# "penalty_no_pull" takes the knobs of "penalty"; "alternating" gets nowhere with any.
 METHODS = {
-    "penalty": Method(ours, 0.3, 5),
-    "penalty_no_pull": Method(partial(ruled, name="penalty_no_pull"), 0.3, 5),
-    "paper": Method(partial(ruled, name="paper"), 0.1, 1),
+    "penalty": Method(ours, 1.0, 5),
+    "penalty_no_pull": Method(partial(ruled, name="penalty_no_pull"), 1.0, 5),
+    "paper": Method(partial(ruled, name="paper"), 0.3, 1),
     "approx_grad": Method(
-        partial(differentiated, method="approx_grad", inner_iterations=10), 0.1, 5
+        partial(differentiated, method="approx_grad", inner_iterations=10), 1.0, 5
     ),
-    "reverse": Method(partial(differentiated, method="reverse"), 0.1, 5),
+    "reverse": Method(partial(differentiated, method="reverse"), 1.0, 5),
     "alternating": Method(partial(differentiated, method="alternating"), 0.1, 5),
 }
 
@@ -99,10 +101,12 @@ def perform(line: Line, run: Run) -> Line:
     u, v = formulation.start(of, line["seed"])
     start, budget = METHODS[line["method"]].start, line["budget"]
     optimizer = start(of, u, v, line["rate"], line["steps"])
+    # Fewer than 1 / curvature would make "reverse" forget: its lower steps stay as they are.
+    falling = (optimizer.upper if line["method"] == "reverse" else optimizer,)
     count, path = [0], [formulation.error(of, u, v)]
     try:
         for step in run.until(budget, lambda: count[0], u, v, optimizer, count, path):
-            anneal((optimizer,), count[0] / budget)
+            anneal(falling, count[0] / budget)
             optimizer.step(lambda: of.upper_loss(u, v), lambda: of.lower_loss(u, v))
             count[0] = optimizer.metrics.gradient_evaluations
             while len(path) <= LOOKS and count[0] >= budget * len(path) / LOOKS:

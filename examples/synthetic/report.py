@@ -63,9 +63,11 @@ def table(results: Results) -> str:
 
 
 def formulas() -> str:
-    """What the problems are, in Markdown."""
-    rows = {name: [f"`{part}`" for part in formula] for name, formula in FORMULAS.items()}
-    return markdown(["problem", "f", "g", "error"], rows)
+    """What the problems are; a list, for a Markdown table does not bear "|"."""
+    return "\n".join(
+        f"- {name}: `f = {formula.f}`, `g = {formula.g}`; error `{formula.error}`"
+        for name, formula in FORMULAS.items()
+    )
 
 
 def draw(results: Results, budget: int, path: Path) -> None:

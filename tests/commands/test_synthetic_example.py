@@ -148,6 +148,7 @@ class TestReport:
         assert "| paper | inf | 2.0 |" in text
         assert "re-run once | 1.4e-02 |  |" in text
         assert "over 3 starts" in text
+        assert "- smd24: `f = |u|² + |v|²`, `g = |A(1 - u - v)|²`; error" in text
 
 
 def test_a_small_run_leaves_all_that_it_promises(tmp_path, monkeypatch, capsys):
