@@ -27,7 +27,7 @@ from torch_penalty_bilevel.constraints import Box
 
 # The least u is that of the example, too.
 FEATURES, POSTS, LEAST = 2000, 4000, -4.0
-GRID = Grid(lower=(0.1, 0.3), gradient=(0.5, 1.0), upper=(0.1, 0.3), lower_steps=(1, 10, 40))
+GRID = Grid(lower=(0.1, 0.3, 1.0), gradient=(0.5, 1.0), upper=(0.1, 0.3), lower_steps=(1, 10, 40))
 
 
 class Coefficients(nn.Module):
