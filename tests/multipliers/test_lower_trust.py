@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
+from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState
 from torch_penalty_bilevel.multipliers.lower_correction import (
     NO_TRUST,
     coefficients_of,
     judged,
     remembering,
+    resting,
 )
 from torch_penalty_bilevel.multipliers.subspace import Products, correction
 
@@ -77,6 +79,19 @@ def test_what_is_expected_of_r_is_what_h_does_to_the_way_of_v():
     assert after.lower_at_stake == pytest.approx(at_stake)
     assert after.lower_gain == pytest.approx(max(0.0, 1 - missed / at_stake))
     assert after.lower_surprise == pytest.approx(float(error / square))
+
+
+def test_after_a_rest_nothing_is_judged():
+    products, _ = products_of()
+    trust = resting(remembering(trusting(0.5), products))
+    assert judged(trust, products) == trust
+
+
+@pytest.mark.parametrize(("probed", "backs"), [(0.0, False), (0.09, False), (0.11, True)])
+def test_a_probe_backs_the_bound_from_a_tenth_on(probed, backs):
+    state = LeastSquaresState.at((torch.zeros(2),), damping=1.0)
+    assert state.but(curvature=1.0, probed=probed).is_backed() is backs
+    assert not state.is_backed()
 
 
 def regression(correct_lower, seed):
