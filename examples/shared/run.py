@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Run:
         self._resume = resume
         self._bar: Any = None
         self._writer: SummaryWriter | None = None
-        self._began = 0.0
+        self._began: float | None = None
 
     def steps(self, count: int, *kept: Any) -> Iterator[int]:
         """0, ..., count - 1; or from where the checkpoint was made.
@@ -69,20 +69,37 @@ class Run:
                 ``state_dict``), tensors, generators, lists. They are saved every half minute, with
                 the global random state; between steps only, so that a step cut in two is not kept.
         """
-        first = self._load(kept)
-        self._bar = tqdm(total=count, initial=first, desc=self.name, leave=False, mininterval=0.5)
+        return self._loop(count, lambda step: step, kept)
+
+    def until(self, seconds: float, *kept: Any) -> Iterator[int]:
+        """0, 1, ... until the clock has passed ``seconds``; ``kept`` as for ``steps``."""
+        return self._loop(seconds, lambda step: self.spent, kept)
+
+    @property
+    def spent(self) -> float:
+        """Seconds in the loop so far, now."""
+        return self.seconds + (0.0 if self._began is None else self._now() - self._began)
+
+    def _loop(
+        self, end: float, done: Callable[[int], float], kept: tuple[Any, ...]
+    ) -> Iterator[int]:
+        step = self._load(kept)
+        self._bar = tqdm(
+            total=end, initial=round(done(step), 1), desc=self.name, leave=False, mininterval=0.5
+        )
         self._began, saved = self._now(), time.monotonic()
         try:
-            for step in range(first, count):
+            while done(step) < end:
                 yield step
-                self._bar.update()
+                step += 1
+                self._bar.update(round(done(step) - self._bar.n, 1))
                 if time.monotonic() - saved >= SAVE_EVERY:
                     with self.paused():
-                        self._save(step + 1, kept)
+                        self._save(step, kept)
                     saved = time.monotonic()
             self._checkpoint.unlink(missing_ok=True)
         finally:
-            self.seconds += self._now() - self._began
+            self.seconds, self._began = self.spent, None
             self._bar.close()
             if self._writer is not None:
                 self._writer.close()
@@ -104,7 +121,7 @@ class Run:
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
         """The clock stands still inside."""
-        self.seconds += self._now() - self._began
+        self.seconds, self._began = self.spent, None
         yield
         self._began = self._now()
 
