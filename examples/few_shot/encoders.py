@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, batch_norm, leaky_relu, max_pool2d, 
 Statistics: TypeAlias = Literal["batch", "running"] | int
 """Of the images at hand, of those seen in training, or of the first so many at hand."""
 
-MOMENTUM, EPSILON = 0.05, 1e-3
+MOMENTUM, EPSILON = 0.1, 1e-3
 
 
 class Shift(nn.Module):
@@ -28,23 +28,29 @@ class Shift(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    batches: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.statistics: Statistics = "running"
         """In evaluation mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - mean) / sqrt(var + EPSILON) + bias, of images (n, channels, height, width)."""
         if self.training or self.statistics == "running":
+            momentum = MOMENTUM
+            if self.training:
+                self.batches += 1
+                momentum = max(momentum, 1 / int(self.batches))  # the mean of the first ones
             held = self.running_mean, self.running_var
-            return batch_norm(x, *held, None, self.bias, self.training, MOMENTUM, EPSILON)
-        if self.statistics == "batch":
-            return batch_norm(x, None, None, None, self.bias, True, 0.0, EPSILON)
-        var, mean = torch.var_mean(x[: self.statistics], (0, 2, 3), correction=0, keepdim=True)
+            return batch_norm(x, *held, None, self.bias, self.training, momentum, EPSILON)
+        # In torch's own the second derivative without a scale fails.
+        chosen = x if self.statistics == "batch" else x[: self.statistics]
+        var, mean = torch.var_mean(chosen, (0, 2, 3), correction=0, keepdim=True)
         return (x - mean) * (var + EPSILON).rsqrt() + self.bias[:, None, None]
 
 

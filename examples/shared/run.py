@@ -121,9 +121,10 @@ class Run:
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
         """The clock stands still inside."""
+        was_going = self._began is not None
         self.seconds, self._began = self.spent, None
         yield
-        self._began = self._now()
+        self._began = self._now() if was_going else None
 
     def _now(self) -> float:
         if self.device.type == "cpu":

@@ -1,0 +1,150 @@
+"""The methods of ``few_shot`` with the knobs they were given, and one run of any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from examples.few_shot.embedded import mean_and_interval
+from examples.few_shot.encoders import Conv4, ResNet
+from examples.few_shot.learners import (
+    Anil,
+    FixedSteps,
+    Implicit,
+    Learner,
+    Maml,
+    Penalty,
+    Prototypes,
+    Setting,
+)
+from examples.few_shot.problem import (
+    POOL,
+    Size,
+    Split,
+    Tasks,
+    meta_batch,
+    prepared,
+    tasks_of,
+    test_tasks,
+)
+from examples.shared.episodes import class_by_class
+from examples.shared.record import Line
+from examples.shared.run import Run
+from examples.shared.solvers import anneal
+
+LOOKS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # shares of the budget
+LOOK_TASKS = 200
+
+# By data set; chosen on seed 100 and classes of ``--validation``, see RESULTS there.
+METHODS: dict[str, dict[str, Callable[[Setting], Learner]]] = {
+    "omniglot": {
+        "penalty": partial(Penalty, lr=3e-3, decay=1.0),
+        "penalty_5": partial(
+            FixedSteps, lr=3e-3, decay=1.0, steps=5, rate=1e-2, penalty="stationarity"
+        ),
+        "paper": partial(FixedSteps, lr=3e-3, decay=1.0, steps=20, rate=1e-2, penalty="paper"),
+        "implicit": partial(Implicit, lr=3e-3, decay=1.0, rate=0.1, steps=10, warm=False),
+        "implicit_warm": partial(Implicit, lr=3e-3, decay=1.0, rate=0.1, steps=10, warm=True),
+        "maml": partial(Maml, lr=3e-3, rate=0.1, steps=1),
+        "anil": partial(Anil, lr=3e-3, rate=0.1, steps=5),
+        "prototypes": partial(Prototypes, lr=3e-3, sharpness=0.1),
+    },
+}
+METHODS["miniimagenet"] = METHODS["omniglot"]
+NAMES = tuple(METHODS["omniglot"])
+
+
+class Look(NamedTuple):
+    """How good a learner is on tasks of unseen classes."""
+
+    accuracies: Tensor
+    """Of each task."""
+    told: list[int]
+    """Classes told for the query images of the first task."""
+
+
+def make_encoder(name: str, split: Split, width: int) -> nn.Module:
+    """Conv4 with ``width`` channels, or the published residual network."""
+    channels = split.learned.shape[2]
+    encoder = Conv4(channels, width) if name == "conv4" else ResNet(channels)
+    return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def judged(learner: Learner, images: Tensor, tasks: Tasks, is_transductive: bool) -> Look:
+    """Look at ``tasks`` of ``images``."""
+    told = learner.predictions(images, tasks, is_transductive).cpu()
+    size = learner.setting.size
+    truth = class_by_class(size.ways, told.shape[1] // size.ways)
+    return Look((told == truth).float().mean(1), told[0].tolist())
+
+
+class Course:
+    """One method on one seed.
+
+    Args:
+        line: what defines the run.
+        split: the data.
+        run: its clock.
+    """
+
+    def __init__(self, line: Line, split: Split, run: Run) -> None:
+        self.line, self.split, self.run = line, split, run
+        self.size = Size(line["ways"], line["shots"], line["queries"])
+        torch.manual_seed(line["seed"])
+        encoder = make_encoder(line["encoder"], split, line["width"]).to(run.device)
+        with torch.no_grad():
+            width = encoder(prepared(split.learned[0, :2], run.device)).shape[1]
+        cosine = line["head"] == "cosine"
+        setting = Setting(encoder, width, self.size, line["meta_batch"], cosine)
+        self.learner = METHODS[line["dataset"]][line["method"]](setting)
+        pool = split.unseen[:: max(1, len(split.unseen) // POOL)]
+        generator = torch.Generator().manual_seed(0)  # the same tasks for all
+        self.pool = pool
+        self.looks = tasks_of(pool, self.size, min(LOOK_TASKS, line["test_tasks"]), generator)
+        self.path: list[Line] = []
+
+    def train(self) -> None:
+        """Until the budget is spent; the rate of u falls to 0 along a cosine."""
+        learner, run, line = self.learner, self.run, self.line
+        budget, device = line["budget"], run.device
+        generator = torch.Generator().manual_seed(line["seed"])  # equal tasks for all methods
+        kept: tuple[Any, ...] = (learner.encoder, learner.lower_steps, generator, self.path)
+        for step in run.until(budget, *kept, *learner.kept()):
+            self._look(step)
+            anneal([learner.upper_rule], run.spent / budget)
+            images = meta_batch(
+                self.split.learned, self.size, line["meta_batch"], generator, device
+            )
+            learner.step(images)
+            self.steps = step + 1
+        self._look(self.steps)
+
+    def _look(self, step: int) -> None:
+        while len(self.path) < len(LOOKS):
+            if self.run.spent < LOOKS[len(self.path)] * self.line["budget"]:
+                return
+            with self.run.paused():
+                look = judged(self.learner, self.pool, self.looks, False)
+            accuracy, interval = mean_and_interval(look.accuracies)
+            self.path.append(
+                {"step": step, "seconds": self.run.spent, "accuracy": accuracy}
+                | {"interval": interval}
+            )
+            self.run.show(step, accuracy=accuracy)
+
+    def result(self) -> Line:
+        """After training: on the test tasks, with and without statistics of their query images."""
+        line, learner = self.line, self.learner
+        tasks = test_tasks(self.split, self.size, line["test_tasks"])
+        found: Line = {"path": self.path, "seconds": self.run.seconds, "steps": self.steps}
+        found["lower_steps"] = learner.lower_steps[0] / self.steps
+        for name, is_transductive in (("alone", False), ("transductive", True)):
+            look = judged(learner, self.split.unseen, tasks, is_transductive)
+            found[name], found[f"{name}_interval"] = mean_and_interval(look.accuracies)
+            if not is_transductive:
+                found["told"] = look.told
+        return found
