@@ -92,9 +92,7 @@ class Rows:
 
     def __call__(self, line: Line, run: Run) -> Line:
         """One method on one seed."""
-        course = Course(line, self.split, run)
-        course.train()
-        return course.result()
+        return Course(line, self.split, run)()
 
     def draw(self, plan: list[Line], path: Path) -> None:
         """Of all runs so far, with the first method's predictions for the first test task."""

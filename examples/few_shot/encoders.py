@@ -7,6 +7,7 @@ said from outside, by ``normalised_by``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator
 from typing import Literal, TypeAlias
 
@@ -121,9 +122,7 @@ class ResNet(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         widths = (channels, 64, 96, 128, 256)
-        self.blocks = nn.Sequential(
-            *(Residual(*pair) for pair in zip(widths, widths[1:], strict=False))
-        )
+        self.blocks = nn.Sequential(*(Residual(*pair) for pair in itertools.pairwise(widths)))
         self.wide, self.last = _convolution(256, 2048, 1), _convolution(2048, 384, 1)
 
     def forward(self, x: Tensor) -> Tensor:

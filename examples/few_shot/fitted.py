@@ -20,15 +20,16 @@ def longer(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fitted(support: Tensor, ways: int, decay: float) -> Tensor:
-    """The heads (tasks, ways, features + 1) that minimise
+    """The heads (tasks, ways, features + 1) at the minimum of g.
 
-        mean cross entropy of the support images + decay ||v||^2 / 2,
+        g = mean cross entropy of the support images + decay ||v||^2 / 2
 
     up to ``TOLERANCE`` of the first gradient, in the worst task.
 
-    v = A' X with X the images' features, so A (tasks, n, ways) is looked for; the gradient is X' G,
-    G = (softmax(K A) - Y) / n + decay A with K = X X'. A step is -B^-1 X' G = -X' (K / 2n + decay)^-1 G
-    (``head_curvature.py``), with Nesterov's momentum, which starts anew where it leads uphill.
+    v = A' X with X the images' features, so A (tasks, n, ways) is looked for; the gradient is
+    G' X, G = (softmax(K A) - Y) / n + decay A with K = X X'. A step A <- A - (K / 2n + decay)^-1 G
+    moves v by -G' X B^-1 (``head_curvature.py``). With Nesterov's momentum, which starts anew where
+    it leads uphill.
 
     Args:
         support: features, (tasks, n, features), class by class.
@@ -46,11 +47,11 @@ def fitted(support: Tensor, ways: int, decay: float) -> Tensor:
     inverse = torch.linalg.inv(kernel / (2 * count) + decay * identity)
     values = ahead = kernel.new_zeros(tasks, count, ways)
     age = kernel.new_ones(tasks, 1, 1)
-    first = None
-    for _ in range(MOST):
+    first = size = kernel.new_zeros(tasks)
+    for number in range(MOST):
         gradient = ((kernel @ ahead).softmax(-1) - wanted) / count + decay * ahead
         size = (gradient * (kernel @ gradient)).sum((1, 2)).clamp(min=0).sqrt()
-        first = size if first is None else first
+        first = torch.maximum(first, size) if number == 0 else first
         if bool((size <= TOLERANCE * first).all()):
             return (ahead.mT @ x).to(support.dtype)
         moved = ahead - inverse @ gradient

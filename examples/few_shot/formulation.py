@@ -24,7 +24,6 @@ import contextlib
 from collections.abc import Generator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from examples.few_shot.head_curvature import HeadCurvature, HeadSteps
@@ -34,7 +33,6 @@ from torch_penalty_bilevel import PenaltyBilevelOptimizer
 from torch_penalty_bilevel.multipliers import LeastSquares
 from torch_penalty_bilevel.nn import StackedHeads
 from torch_penalty_bilevel.penalties import Stationarity
-
 
 
 class Features(NamedTuple):
@@ -142,14 +140,17 @@ def meta_step(
     """
     task.begin(images)
     optimizer.restart_lower()
+    first: Tensor | None = None
+    taken = 0
     # The very first evaluation looks at what the losses depend on.
     is_known = optimizer.metrics.gradient_evaluations > 0
     with task.held() if is_known else contextlib.nullcontext():
-        for count in range(1, most + 1):
+        while taken < most:
             optimizer.lower_step(task.upper_loss, task.lower_loss)
+            taken += 1
             seen = optimizer.metrics
-            start = start if count > 1 else seen.residual_norm
-            if seen.relative_certificate <= tolerance and seen.residual_norm <= tolerance * start:
+            first = seen.residual_norm if first is None else first
+            if seen.relative_certificate <= tolerance and seen.residual_norm <= tolerance * first:
                 break
     optimizer.upper_step(task.upper_loss, task.lower_loss)
-    return count
+    return taken

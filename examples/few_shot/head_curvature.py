@@ -1,9 +1,9 @@
 """What is known of the curvature of softmax regression, as a rule for v and units for q.
 
-The cross entropy of n images with features x, each longer by an entry 1 for the bias, curves in
-the weights of one class by at most B = X'X / (2 n) (Böhning, 1992: diag(p) - pp' <= (I - 11'/C) / 2).
-Steps -B^-1 grad therefore descend whatever the features are, and where H is B times a number, all
-directions get there together. B is X'X with as many directions as images, so its powers are cheap.
+The cross entropy of n images with features x, each longer by an entry 1 for the bias, curves in the
+weights of any class by at most B = X'X / (2 n): diag(p) - pp' <= (I - 11'/C) / 2 (Böhning, 1992).
+So steps -B^-1 grad descend whatever the features are, and where H is B times a number, all
+directions get there together. B has as many directions as images, so its powers are cheap.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class HeadSteps(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step from ``grad``."""
         (group,) = self.param_groups
-        gradients = tuple(p.grad for p in group["params"])
+        # A slope of exactly 0, as of the biases at v = 0, is handed over as None.
+        gradients = tuple(
+            torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]
+        )
         for parameter, move in zip(
             group["params"], self.curvature.power(gradients, -1.0), strict=True
         ):

@@ -75,7 +75,8 @@ class Learner(ABC):
 class Bilevel(Learner):
     """Heads are the lower level; a new task's is fitted from zero to the end."""
 
-    optimizer: PenaltyBilevelOptimizer | HypergradientOptimizer
+    optimizer: Any
+    """Of both levels."""
 
     def __init__(self, setting: Setting, decay: float) -> None:
         super().__init__(setting)
@@ -170,7 +171,7 @@ class Implicit(Bilevel):
     def step(self, images: Images) -> None:
         """One meta-iteration."""
         task = self.task
-        if not self.lower_steps[0]:  # the first evaluation looks through the losses, and uses them up
+        if not self.lower_steps[0]:  # the first evaluation uses the features' graph up
             task.begin(images)
             self.optimizer.lower_step(task.upper_loss, task.lower_loss)
             task.begin_heads()
@@ -287,9 +288,10 @@ class Maml(Learner):
         self.upper_rule.zero_grad()
         with normalised_by(self.encoder, "batch"):
             for support, query in zip(*(part.chunk(tasks) for part in images), strict=True):
-                with self.higher.innerloop_ctx(
-                    self.model, rule, copy_initial_weights=False
-                ) as (copy, inner):
+                with self.higher.innerloop_ctx(self.model, rule, copy_initial_weights=False) as (
+                    copy,
+                    inner,
+                ):
                     for _ in range(self.steps):
                         inner.step(self._loss(copy(support)))
                     (self._loss(copy(query)) / tasks).backward()

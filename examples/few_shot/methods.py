@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.few_shot.embedded import mean_and_interval
-from examples.few_shot.encoders import Conv4, ResNet
+from examples.few_shot.encoders import Conv4, ResNet, normalised_by
 from examples.few_shot.learners import (
     Anil,
     FixedSteps,
@@ -96,7 +96,7 @@ class Course:
         self.size = Size(line["ways"], line["shots"], line["queries"])
         torch.manual_seed(line["seed"])
         encoder = make_encoder(line["encoder"], split, line["width"]).to(run.device)
-        with torch.no_grad():
+        with torch.no_grad(), normalised_by(encoder, "running"):
             width = encoder(prepared(split.learned[0, :2], run.device)).shape[1]
         cosine = line["head"] == "cosine"
         setting = Setting(encoder, width, self.size, line["meta_batch"], cosine)
@@ -105,27 +105,34 @@ class Course:
         generator = torch.Generator().manual_seed(0)  # the same tasks for all
         self.pool = pool
         self.looks = tasks_of(pool, self.size, min(LOOK_TASKS, line["test_tasks"]), generator)
+        self.how = line["budget"], line["meta_batch"]
         self.path: list[Line] = []
 
-    def train(self) -> None:
-        """Until the budget is spent; the rate of u falls to 0 along a cosine."""
-        learner, run, line = self.learner, self.run, self.line
-        budget, device = line["budget"], run.device
-        generator = torch.Generator().manual_seed(line["seed"])  # equal tasks for all methods
+    def __call__(self) -> Line:
+        """Until the budget is spent, the rate of u falling to 0 along a cosine; then the test."""
+        learner, run, (budget, tasks) = self.learner, self.run, self.how
+        seed = self.line["seed"]
+        generator = torch.Generator().manual_seed(seed)  # equal tasks for all methods
         kept: tuple[Any, ...] = (learner.encoder, learner.lower_steps, generator, self.path)
+        tested: Line | None = None
         for step in run.until(budget, *kept, *learner.kept()):
             self._look(step)
             anneal([learner.upper_rule], run.spent / budget)
-            images = meta_batch(
-                self.split.learned, self.size, line["meta_batch"], generator, device
-            )
-            learner.step(images)
-            self.steps = step + 1
-        self._look(self.steps)
+            data = self.split.learned, self.size, tasks, generator, run.device
+            learner.step(meta_batch(*data))
+            if run.spent >= budget:
+                self._look(step + 1)
+                with run.paused():  # in the loop: until it is done the checkpoint stays
+                    tested = self._tested()
+        tested = tested or self._tested()
+        steps = self.path[-1]["step"]
+        each = learner.lower_steps[0] / steps
+        reached = {"seconds": run.seconds, "steps": steps, "lower_steps": each}
+        return {"path": self.path, **reached, **tested}
 
     def _look(self, step: int) -> None:
         while len(self.path) < len(LOOKS):
-            if self.run.spent < LOOKS[len(self.path)] * self.line["budget"]:
+            if self.run.spent < LOOKS[len(self.path)] * self.how[0]:
                 return
             with self.run.paused():
                 look = judged(self.learner, self.pool, self.looks, False)
@@ -136,15 +143,12 @@ class Course:
             )
             self.run.show(step, accuracy=accuracy)
 
-    def result(self) -> Line:
-        """After training: on the test tasks, with and without statistics of their query images."""
-        line, learner = self.line, self.learner
-        tasks = test_tasks(self.split, self.size, line["test_tasks"])
-        found: Line = {"path": self.path, "seconds": self.run.seconds, "steps": self.steps}
-        found["lower_steps"] = learner.lower_steps[0] / self.steps
+    def _tested(self) -> Line:
+        """On the test tasks, without and with statistics of their query images."""
+        tasks = test_tasks(self.split, self.size, self.line["test_tasks"])
+        found: Line = {}
         for name, is_transductive in (("alone", False), ("transductive", True)):
-            look = judged(learner, self.split.unseen, tasks, is_transductive)
+            look = judged(self.learner, self.split.unseen, tasks, is_transductive)
             found[name], found[f"{name}_interval"] = mean_and_interval(look.accuracies)
-            if not is_transductive:
-                found["told"] = look.told
+            found.setdefault("told", look.told)
         return found

@@ -1,8 +1,8 @@
 """The data of ``few_shot``: classes to learn from, classes never seen, and tasks drawn from them.
 
-Omniglot: 1,623 characters in an order drawn once, the first 1,200 to learn from, 423 for tests, each
-turned by 0, 90, 180 and 270 degrees: 4,800 and 1,692 classes of 20 images, 28 x 28, ink 1. (The
-published order is that of somebody's folder.)
+Omniglot: 1,623 characters in an order drawn once, the first 1,200 to learn from, 423 for tests,
+each turned by 0, 90, 180 and 270 degrees: 4,800 and 1,692 classes of 20 images, 28 x 28, ink 1.
+(The published order is that of somebody's folder.)
 
 Mini-ImageNet: 64, 16 and 20 classes, 84 x 84, colours in [0, 1], as many images per class as the
 archive has (100 in the small one, 600 published).
@@ -92,7 +92,8 @@ def prepared(images: Tensor, device: torch.device) -> Tensor:
 def tasks_of(images: Tensor, size: Size, count: int, generator: torch.Generator) -> Tasks:
     """``count`` tasks; one may have classes of another, as they are drawn independently."""
     each = size.shots + size.queries
-    pairs = [drawn(*images.shape[:2], size.ways, each, generator) for _ in range(count)]
+    classes, there = images.shape[:2]
+    pairs = [drawn(classes, there, size.ways, each, generator) for _ in range(count)]
     return Tasks(*(torch.stack(indices) for indices in zip(*pairs, strict=True)))
 
 
@@ -106,7 +107,8 @@ def meta_batch(
 ) -> Images:
     """``count`` tasks without a class in common, as published, ready for the encoder."""
     each = size.shots + size.queries
-    chosen = images[drawn(*images.shape[:2], count * size.ways, each, generator)]
+    classes, there = images.shape[:2]
+    chosen = images[drawn(classes, there, count * size.ways, each, generator)]
     support, query = chosen[:, : size.shots], chosen[:, size.shots :]
     return Images(*(prepared(part.flatten(0, 1), device) for part in (support, query)))
 

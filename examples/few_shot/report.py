@@ -55,7 +55,7 @@ def draw(done: list[tuple[Line, Line]], task: Tensor, size: Size, path: Path) ->
         path: where to.
     """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.25, 1])[0]
     line, result = done[0]
     _draw_paths(left.subplots(), done)
     left.suptitle(f"{line['dataset']}, {size.ways}-way {size.shots}-shot, classes never seen")

@@ -85,14 +85,14 @@ class Run:
     ) -> Iterator[int]:
         step = self._load(kept)
         self._bar = tqdm(
-            total=end, initial=round(done(step), 1), desc=self.name, leave=False, mininterval=0.5
+            total=end, initial=int(done(step)), desc=self.name, leave=False, mininterval=0.5
         )
         self._began, saved = self._now(), time.monotonic()
         try:
             while done(step) < end:
                 yield step
                 step += 1
-                self._bar.update(round(done(step) - self._bar.n, 1))
+                self._bar.update(int(done(step)) - self._bar.n)
                 if time.monotonic() - saved >= SAVE_EVERY:
                     with self.paused():
                         self._save(step, kept)
