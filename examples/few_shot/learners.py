@@ -13,7 +13,7 @@ from torch.optim import Adam, Optimizer
 
 from examples.few_shot.embedded import each_task, embedded
 from examples.few_shot.encoders import Statistics, normalised_by
-from examples.few_shot.fitted import fitted, fitted_cosine, longer
+from examples.few_shot.fitted import COSINE_RATE, fitted, fitted_cosine, longer
 from examples.few_shot.formulation import (
     Features,
     FewShot,
@@ -111,7 +111,7 @@ class Penalty(Bilevel):
     def _optimizer(self, lr: float) -> PenaltyBilevelOptimizer:
         if not self.setting.cosine:
             return penalty_optimizer(self.task, lr)
-        return _with_adam(self.task, lr, 1e-2, "stationarity")  # g is not convex
+        return _with_adam(self.task, lr, COSINE_RATE, "stationarity")  # g is not convex
 
     def step(self, images: Images) -> None:
         """See ``meta_step``."""
@@ -154,11 +154,17 @@ class Implicit(Bilevel):
     def __init__(
         self, setting: Setting, lr: float, decay: float, rate: float, steps: int, warm: bool
     ) -> None:
+        if setting.cosine:
+            raise SystemExit(
+                "implicit rows need --head linear: g of a cosine has no definite Hessian, and "
+                "gradient steps from short rows diverge"
+            )
         super().__init__(setting, decay)
-        self.warm, self.steps = warm, steps
+        self.warm, self.steps, self._is_known = warm, steps, False
+        heads = self.task.heads.parameters()
         self.optimizer = HypergradientOptimizer(
             self.encoder.parameters(),
-            torch.optim.SGD(self.task.heads.parameters(), lr=rate),
+            torch.optim.SGD(heads, lr=rate * setting.tasks),  # g is a mean over tasks
             upper_lr=lr,
             method="cg",
             inner_iterations=steps,
@@ -171,10 +177,14 @@ class Implicit(Bilevel):
     def step(self, images: Images) -> None:
         """One meta-iteration."""
         task = self.task
-        if not self.lower_steps[0]:  # the first evaluation uses the features' graph up
-            task.begin(images)
+        if not self._is_known:  # the first evaluation uses the features' graph up
+            start = [p.detach().clone() for p in task.heads.parameters()]
+            task.begin(images, keep_heads=True)
             self.optimizer.lower_step(task.upper_loss, task.lower_loss)
-            task.begin_heads()
+            with torch.no_grad():
+                for parameter, value in zip(task.heads.parameters(), start, strict=True):
+                    parameter.copy_(value)
+            self._is_known = True
         task.begin(images, keep_heads=self.warm)
         if not self.warm:
             self.optimizer.restart_lower()

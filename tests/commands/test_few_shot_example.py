@@ -18,7 +18,7 @@ from examples.few_shot.encoders import Conv4, ResNet, Shift, normalised_by  # no
 from examples.few_shot.fitted import fitted, fitted_cosine  # noqa: E402
 from examples.few_shot.formulation import FewShot, meta_step, penalty_optimizer  # noqa: E402
 from examples.few_shot.head_curvature import HeadCurvature  # noqa: E402
-from examples.few_shot.problem import Images, Size, Split, Tasks  # noqa: E402
+from examples.few_shot.problem import Size, Split  # noqa: E402
 from torch_penalty_bilevel import functional  # noqa: E402
 from torch_penalty_bilevel.nn import StackedHeads  # noqa: E402
 
@@ -64,7 +64,9 @@ class TestData:
         turned = problem.turned(images)
         assert turned.shape == (8, 3, 1, 4, 4)
         for quarters in range(4):
-            torch.testing.assert_close(turned[2 * quarters + 1, 2, 0], images[1, 2, 0].rot90(quarters))
+            torch.testing.assert_close(
+                turned[2 * quarters + 1, 2, 0], images[1, 2, 0].rot90(quarters)
+            )
 
     @pytest.mark.parametrize("several", [True, False])
     def test_no_image_is_in_both_sets_and_no_class_twice(self, several):
@@ -87,7 +89,9 @@ class TestData:
 
     def test_tasks_that_cannot_be_are_refused(self):
         images = torch.zeros(9, 7, 1, 1, 1)
-        with pytest.raises(SystemExit, match=r"meta-batch \* --ways asks for 12 classes; there are 9"):
+        with pytest.raises(
+            SystemExit, match=r"meta-batch \* --ways asks for 12 classes; there are 9"
+        ):
             problem.check(Split(images, images), Size(3, 2, 4), 4)
         with pytest.raises(SystemExit, match=r"--shots 2 and --queries 6 ask for more than the 7"):
             problem.check(Split(images, images), Size(3, 2, 6), 1)
