@@ -49,9 +49,11 @@ class Shift(nn.Module):
                 momentum = max(momentum, 1 / int(self.batches))  # the mean of the first ones
             held = self.running_mean, self.running_var
             return batch_norm(x, *held, None, self.bias, self.training, momentum, EPSILON)
-        # In torch's own the second derivative without a scale fails.
-        chosen = x if self.statistics == "batch" else x[: self.statistics]
-        var, mean = torch.var_mean(chosen, (0, 2, 3), correction=0, keepdim=True)
+        if self.statistics == "batch":
+            # Without a scale torch's second derivative fails.
+            scale = torch.ones_like(self.bias)
+            return batch_norm(x, None, None, scale, self.bias, True, 0.0, EPSILON)
+        var, mean = torch.var_mean(x[: self.statistics], (0, 2, 3), correction=0, keepdim=True)
         return (x - mean) * (var + EPSILON).rsqrt() + self.bias[:, None, None]
 
 
