@@ -69,6 +69,7 @@ ON_DATA = {
     "examples.data": "mnist uci --data-dir {data}",
     "examples.equilibrium_mnist": "--method penalty --seeds 1 --evaluations 20 --train 200 "
     "--test 200 --folder {data}/mnist --record {}/runs.jsonl --output {}/picture.png",
+    "examples.few_shot": "--smoke --method penalty anil --out {}/out",
     "examples.tune_l2": "--data newsgroups --method penalty --seeds 1 --evaluations 20 "
     "--folder {data}/20newsgroups --record {}/runs.jsonl --output {}/picture.png",
 }
