@@ -22,6 +22,7 @@ The picture shows the images with the lowest weights, the runs, and the learned 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,7 @@ def parse() -> argparse.Namespace:
     add("--train", type=int, help=f"noisy images ({TRAIN})")
     add("--clean", type=int, default=1000, help="clean images, equally many per class (1000)")
     add("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")
+    add("--clean-share", type=float, default=0.2, help="weight s of f in g (0.2; published: 0)")
     add("--flip", choices=("uniform", "pair"), default="uniform", help="(uniform)")
     command.add_common(parser, NAMES, DEFAULT, 3000, "gradients and products", seeds=3)
     options = parser.parse_args()
@@ -62,6 +64,8 @@ def parse() -> argparse.Namespace:
         vars(options).update(SMOKE)
     if not 0 <= options.noise < 1:
         parser.error(f"--noise must lie in [0, 1), got {options.noise}")
+    if not 0 <= options.clean_share < math.inf:
+        parser.error(f"--clean-share must be at least 0, got {options.clean_share}")
     if options.clean < 10 or options.clean % 10:
         parser.error(f"--clean must be a positive multiple of 10, got {options.clean}")
     return options
@@ -70,10 +74,10 @@ def parse() -> argparse.Namespace:
 def planned(options: argparse.Namespace) -> list[Line]:
     """Every run that is asked for, as the record knows it; seed by seed."""
     keys = ("dataset", "model", "train", "clean", "noise", "flip")
+    learning = {"budget": options.budget, "clean_share": options.clean_share}
     common = {key: getattr(options, key) for key in keys}
     return [
-        {**common, "method": name, "seed": seed}
-        | ({"budget": options.budget} if name in METHODS else {})
+        {**common, "method": name, "seed": seed} | (learning if name in METHODS else {})
         for seed in command.seeds_of(options)
         for name in command.methods_of(options, NAMES)
     ]
@@ -106,7 +110,8 @@ class Rows:
         torch.manual_seed(problem.seed)
         if name in METHODS:
             method = METHODS[name]
-            scores, result = learn(name, Cleaning(problem), method.rates, line["budget"], run)
+            task = Cleaning(problem, line["clean_share"])
+            scores, result = learn(name, task, method.rates, line["budget"], run)
             self.weights(line).parent.mkdir(parents=True, exist_ok=True)
             torch.save(scores.cpu(), self.weights(line))
         else:

@@ -1,11 +1,17 @@
 """The bilevel problem of ``denoise``.
 
     min over u of  f(v) = mean of CE_j(v) over clean images j
-    where v minimises  g(u, v) = sum_i w_i CE_i(v) / sum_i w_i over noisy images i,  w = sigmoid(u)
+    where v minimises  g(u, v) = sum_i w_i CE_i(v) / sum_i w_i + s f(v),  w = sigmoid(u)
 
-CE is the cross entropy, u has one number per noisy image (``SampleWeights``), v are the
-parameters of an ordinary network. As published, but for the batches: every lower step sees new
-ones.
+CE is the cross entropy, i runs over the noisy images, u has one number for each of them
+(``SampleWeights``), v are the parameters of an ordinary network.
+
+As published but for two things. The published g has s = 0: v then sees the clean images through
+the weights alone, while every other row of the table trains on them. With s = 0.2 the running
+network is better by half a point and more labels are told right; s = 1 tells still more right, but
+fits the clean images, from which u should learn (MNIST, MLP, 50 % noise, seeds 100 and 101: test
+accuracy 0.916, 0.919, 0.917; told right 0.938, 0.948, 0.951; ``--clean-share``). And every lower
+step draws new batches.
 """
 
 from __future__ import annotations
@@ -33,8 +39,8 @@ class Cleaning:
     gradient_unit = 1.0
     adjoint_step = None
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, clean_share: float) -> None:
+        self.problem, self.clean_share = problem, clean_share
         self.module = make_model(problem, problem.seed)
         self.weights = SampleWeights(len(problem.labels), device=problem.labels.device)
         self.upper, self.lower = list(self.weights.parameters()), list(self.module.parameters())
@@ -49,21 +55,22 @@ class Cleaning:
         return self.clean, self.noisy
 
     def upper_loss(self, v: Values | None = None, u: Values | None = None) -> Tensor:
-        """F: cross entropy of the clean batch."""
+        """f: cross entropy of the clean batch."""
         outputs = self._outputs(v, self.problem.clean_images[self.clean])
         return cross_entropy(outputs, self.problem.clean_labels[self.clean])
 
     def lower_loss(
         self, v: Values | None = None, u: Values | None = None, batch: object = None
     ) -> Tensor:
-        """G: weighted cross entropy of the noisy batch."""
+        """g: weighted cross entropy of the noisy batch, and s times f."""
         outputs = self._outputs(v, self.problem.images[self.noisy])
         losses = cross_entropy(outputs, self.problem.labels[self.noisy], reduction="none")
         if u is None:
             w = self.weights(self.noisy)
         else:
             w = functional_call(self.weights, {"logits": u[0]}, (self.noisy,))
-        return (w * losses).sum() / w.sum()
+        weighted = (w * losses).sum() / w.sum()
+        return weighted + self.clean_share * self.upper_loss(v) if self.clean_share else weighted
 
     def begin(self) -> None:
         """V goes on where it ended."""

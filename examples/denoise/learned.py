@@ -59,7 +59,7 @@ METHODS = {
     "approx_grad": Method(
         partial(hypergradient, method="approx_grad", inner_iterations=5),
         Rates(3e-3, 1.0, 5),
-        lambda steps: steps + 13,
+        lambda steps: steps + 8,
     ),
     "torchopt": Method(
         partial(implicit, solve=partial(conjugate_gradients, iterations=5, ridge=0.1)),
@@ -87,7 +87,7 @@ def learn(name: str, task: Cleaning, rates: Rates, budget: int, run: Run) -> Lea
         budget: gradients and products.
         run: shows and keeps what happens.
     """
-    method, problem = METHODS[name], task.problem
+    method = METHODS[name]
     steps = max(1, budget // method.cost(rates.lower_steps))
     solver = method.start(task, rates)
     path: list[Line] = []

@@ -96,7 +96,7 @@ def make_problem(
     labels = torch.where(wrong, (truth[rest] + shift) % CLASSES, truth[rest])
 
     def prepared(chosen: Tensor) -> Tensor:
-        values = to_float(chosen)
+        values = to_float(chosen).to(torch.get_default_dtype())
         return (values * GREY).sum(1, keepdim=True) if grey else values
 
     return Problem(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.denoise.problem import Problem
+from examples.results.published import DENOISE, sentences
 from examples.shared.experiment import by_method
 from examples.shared.record import Line
 from examples.shared.table import markdown, spread
@@ -47,8 +48,15 @@ def section(content: Line) -> str:
     return (
         f"{run['dataset']}, {run['model']}: {run['train']:,} images, {run['noise']:.0%} of them "
         f"with a wrong label ({wrong}), {run['clean']:,} clean ones.\n\n"
-        f"{table(by_method(content['runs']))}"
+        f"{table(by_method(content['runs']))}\n\n"
+        f"{published(run)}"
     )
+
+
+def published(run: Line) -> str:
+    """What is known of others' results on this data set at this noise."""
+    found = DENOISE.get((run["dataset"], run["noise"])) if run["flip"] == "uniform" else None
+    return sentences([found]) if found else "No published number was found for this setting."
 
 
 def table(results: dict[str, list[Line]]) -> str:

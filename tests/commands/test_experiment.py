@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from examples.results import __main__ as results
 from examples.shared import command, run
 from examples.shared.experiment import Experiment, by_method
 from examples.shared.run import Run
@@ -192,3 +193,38 @@ class TestFlags:
     def test_the_machine_in_a_line(self):
         assert command.machine().startswith(f"torch {torch.__version__}, Python 3.")
         assert command.machine().endswith("thread" + "s" * (torch.get_num_threads() > 1))
+
+
+class TestPage:
+    def test_the_page_holds_every_file(self, tmp_path, monkeypatch):
+        run = {"method": "noisy", "seed": 0, "dataset": "mnist", "model": "mlp", "flip": "uniform"}
+        run |= {"train": 5000, "clean": 1000, "noise": 0.5}
+        result = {"retrained": 0.875, "told_right": 0.5, "auc": 0.5, "seconds": 1.0}
+        for number, name in enumerate(("first", "second")):
+            folder = tmp_path / name
+            folder.mkdir()
+            content = {
+                "example": "denoise",
+                "command": f"python -m examples.denoise --seeds {number}",
+                "machine": "a machine",
+                "date": "2026-01-01",
+                "runs": [{"run": run, "result": result}],
+            }
+            (folder / "results.json").write_text(json.dumps(content))
+        (tmp_path / "second" / "denoise.png").write_bytes(b"picture")
+        runs, page = tmp_path / "runs", tmp_path / "PAGE.md"
+        words = [str(tmp_path / "first"), str(tmp_path / "second")]
+        monkeypatch.setattr(
+            "sys.argv", ["results", *words, "--runs", str(runs), "--page", str(page)]
+        )
+        results.main()
+        text = page.read_text()
+        assert text.count("| noisy |  | 0.875 |") == 2
+        assert "## first\n\n`python -m examples.denoise --seeds 0`" in text
+        assert "![second](results/runs/second.png)" in text
+        assert "first.png" not in text
+        assert "97.51 % (Mehra & Hamm 2021, secondary" in text
+
+    def test_a_folder_without_results(self, tmp_path):
+        with pytest.raises(SystemExit, match="holds no results"):
+            results.keep(tmp_path, tmp_path / "runs")
