@@ -9,18 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from examples.few_shot.bilevel import FixedSteps, Implicit, Penalty
 from examples.few_shot.embedded import mean_and_interval
 from examples.few_shot.encoders import Conv4, ResNet, normalised_by
-from examples.few_shot.learners import (
-    Anil,
-    FixedSteps,
-    Implicit,
-    Learner,
-    Maml,
-    Penalty,
-    Prototypes,
-    Setting,
-)
+from examples.few_shot.learner import Learner, Setting
 from examples.few_shot.problem import (
     POOL,
     Size,
@@ -31,6 +23,7 @@ from examples.few_shot.problem import (
     tasks_of,
     test_tasks,
 )
+from examples.few_shot.rivals import Anil, Maml, Prototypes
 from examples.shared.episodes import class_by_class
 from examples.shared.record import Line
 from examples.shared.run import Run

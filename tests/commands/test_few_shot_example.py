@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.func import functional_call, hessian
+from torch.func import hessian
 from torch.nn.functional import cross_entropy
 
 for library in ("PIL", "pooch", "requests", "tqdm", "matplotlib", "higher", "torchopt"):
@@ -16,19 +16,10 @@ from examples.few_shot import problem  # noqa: E402
 from examples.few_shot.embedded import embedded, mean_and_interval  # noqa: E402
 from examples.few_shot.encoders import Conv4, ResNet, Shift, normalised_by  # noqa: E402
 from examples.few_shot.fitted import fitted, fitted_cosine  # noqa: E402
-from examples.few_shot.formulation import FewShot, meta_step, penalty_optimizer  # noqa: E402
 from examples.few_shot.head_curvature import HeadCurvature  # noqa: E402
 from examples.few_shot.problem import Size, Split  # noqa: E402
-from torch_penalty_bilevel import functional  # noqa: E402
-from torch_penalty_bilevel.nn import StackedHeads  # noqa: E402
 
-DECAY = 0.3
-
-
-def bilevel(cosine=False):
-    encoder = tiny.encoder()
-    heads = StackedHeads(tiny.TASKS, tiny.WIDTH, 3, cosine=cosine, dtype=torch.double)
-    return FewShot(encoder, heads, DECAY)
+DECAY = tiny.DECAY
 
 
 class TestData:
@@ -159,7 +150,7 @@ class TestEncoders:
 class TestHeads:
     @pytest.mark.parametrize("cosine", [False, True])
     def test_losses_task_by_task(self, cosine):
-        task = bilevel(cosine)
+        task = tiny.bilevel(cosine)
         given = tiny.images()
         task.begin(given)
         for parameter in task.heads.parameters():
@@ -185,7 +176,7 @@ class TestHeads:
         torch.testing.assert_close(task.lower_loss(), lower)
 
     def test_powers_of_the_bound_and_that_it_bounds(self):
-        task = bilevel()
+        task = tiny.bilevel()
         task.begin(tiny.images())
         curvature = HeadCurvature(DECAY)
         curvature.at(task.features.support.detach())
@@ -248,70 +239,3 @@ class TestHeads:
         support = torch.randn(4, 6, 8)
         told = fitted_cosine(support, 3, 0.1)(support).argmax(-1)
         assert (told == torch.tensor([0, 0, 1, 1, 2, 2])).all()
-
-
-class TestMetaStep:
-    def test_the_upper_gradient_is_the_hypergradient_at_the_lower_solution(self):
-        task, given = bilevel(), tiny.images()
-        start = {name: p.detach().clone() for name, p in task.encoder.named_parameters()}
-        optimizer = penalty_optimizer(task, upper_lr=1e-3)
-        taken = meta_step(task, optimizer, given, tolerance=1e-9, most=2000)
-        assert taken < 2000
-        twin = tiny.encoder()
-
-        def losses(images, decay):
-            def loss(upper, lower):
-                with normalised_by(twin, "batch"):
-                    phi = functional_call(twin, upper, (images,)).unflatten(0, (2, -1))
-                scores = phi @ lower[0].mT + lower[1][:, None]
-                labels = torch.arange(3).repeat_interleave(scores.shape[1] // 3).repeat(2)
-                size = sum(part.square().sum() for part in lower)
-                return cross_entropy(scores.flatten(0, 1), labels) + decay / 4 * size
-
-            return loss
-
-        lower = tuple(p.detach() for p in task.heads.parameters())
-        both = losses(given.query, 0.0), losses(given.support, DECAY)
-        exact, _ = functional.hypergradient(
-            *both, start, lower, method="cg", max_iterations=200, tolerance=1e-12
-        )
-        slopes = torch.func.grad(both[1], argnums=1)(start, lower)
-        assert max(slope.abs().max() for slope in slopes) < 1e-8  # v is solved
-        for name, parameter in task.encoder.named_parameters():
-            # To the tolerance of the certificate, relative to the largest entries.
-            torch.testing.assert_close(parameter.grad, exact[name], rtol=1e-6, atol=1e-8)
-
-    def test_steps_until_the_certificate_and_the_residual_are_there(self):
-        taken = {}
-        for tolerance in (0.5, 0.05, 0.005):
-            task = bilevel()
-            optimizer = penalty_optimizer(task, upper_lr=1e-3)
-            sizes = []
-            with pytest.MonkeyPatch.context() as patch:
-                whole = optimizer.lower_step
-
-                def lower_step(f, g, whole=whole, sizes=sizes, optimizer=optimizer):
-                    whole(f, g)
-                    seen = optimizer.metrics
-                    sizes.append((float(seen.relative_certificate), float(seen.residual_norm)))
-
-                patch.setattr(optimizer, "lower_step", lower_step)
-                taken[tolerance] = meta_step(task, optimizer, tiny.images(), tolerance, most=500)
-            solved = [c <= tolerance and r <= tolerance * sizes[0][1] for c, r in sizes]
-            assert solved == [False] * (taken[tolerance] - 1) + [True]
-        assert taken[0.5] < taken[0.05] < taken[0.005]
-        assert meta_step(task, optimizer, tiny.images(1), 0.0, most=7) == 7
-
-    def test_features_are_computed_once_and_lower_steps_see_numbers(self, monkeypatch):
-        task = bilevel()
-        calls = []
-        task.encoder.register_forward_hook(lambda *_: calls.append(1))
-        optimizer = penalty_optimizer(task, upper_lr=1e-3)
-        for number in range(3):
-            calls.clear()
-            meta_step(task, optimizer, tiny.images(number), tolerance=1e-3, most=100)
-            assert len(calls) == 2  # support and query
-        with task.held():
-            assert not task.features.support.requires_grad
-        assert task.features.support.requires_grad
-        assert int(next(m for m in task.encoder.modules() if isinstance(m, Shift)).batches) == 6

@@ -16,11 +16,12 @@ for library in ("PIL", "pooch", "requests", "tqdm", "matplotlib", "higher", "tor
 import few_shot as tiny  # noqa: E402
 
 from examples.few_shot import __main__ as command  # noqa: E402
+from examples.few_shot.bilevel import Implicit  # noqa: E402
 from examples.few_shot.encoders import normalised_by  # noqa: E402
 from examples.few_shot.formulation import Features  # noqa: E402
-from examples.few_shot.learners import Anil, Implicit, Maml, Prototypes  # noqa: E402
 from examples.few_shot.methods import METHODS, NAMES, judged  # noqa: E402
 from examples.few_shot.problem import Images, tasks_of  # noqa: E402
+from examples.few_shot.rivals import Anil, Maml, Prototypes  # noqa: E402
 from examples.shared.run import _restore, _state  # noqa: E402
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "omniglot"

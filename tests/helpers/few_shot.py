@@ -3,10 +3,12 @@
 import torch
 
 from examples.few_shot.encoders import Conv4
-from examples.few_shot.learners import Setting
+from examples.few_shot.formulation import FewShot
+from examples.few_shot.learner import Setting
 from examples.few_shot.problem import Images, Size
+from torch_penalty_bilevel.nn import StackedHeads
 
-SIZE, TASKS, WIDTH = Size(ways=3, shots=2, queries=4), 2, 4
+SIZE, TASKS, WIDTH, DECAY = Size(ways=3, shots=2, queries=4), 2, 4, 0.3
 
 
 def encoder(seed=0):
@@ -26,3 +28,8 @@ def images(seed=0, size=SIZE, tasks=TASKS):
 
 def setting(seed=0, cosine=False):
     return Setting(encoder(seed), WIDTH, SIZE, TASKS, cosine)
+
+
+def bilevel(cosine=False):
+    heads = StackedHeads(TASKS, WIDTH, SIZE.ways, cosine=cosine, dtype=torch.double)
+    return FewShot(encoder(), heads, DECAY)
