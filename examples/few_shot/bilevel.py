@@ -44,7 +44,7 @@ class Penalty(Bilevel):
     """The penalty method, lower steps until the certificate says that v and q are solved."""
 
     def __init__(
-        self, setting: Setting, lr: float, decay: float, tolerance: float = 0.05, most: int = 100
+        self, setting: Setting, lr: float, decay: float, tolerance: float = 0.2, most: int = 100
     ) -> None:
         super().__init__(setting, decay)
         self.tolerance, self.most = tolerance, most

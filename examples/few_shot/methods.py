@@ -32,22 +32,29 @@ from examples.shared.solvers import anneal
 LOOKS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # shares of the budget
 LOOK_TASKS = 200
 
-# By data set; chosen on seed 100 and classes of ``--validation``, see RESULTS there.
+# Chosen on seed 100 and the classes of --validation: Omniglot, 5-way 1-shot, conv4 of 64 channels, 12
+# seconds, accuracy alone on 100 tasks (half an interval is 2 points). Tried:
+# penalty: lr 1e-2 84.6, 2e-2 80.2; decay 0.1 83.9, 0.3 84.6, 1 84.3, 4 81.4;
+#   tolerance 0.05 84.6 with 21 lower steps, 0.2 84.3 with 8.
+# prototypes: lr 1e-2 86.9, 2e-2 80.0; sharpness 0.03 85.6, 0.1 86.9.
+# maml: lr 3e-3 75.1, 1e-2 67.0 (rate 0.1), 63.2 (rate 0.4). anil: lr 1e-2, rate 0.1 79.8.
+# implicit: rate 0.025 and decay 1 76.1, rate 0.1 and decay 0.3 67.3.
+# The rows of 5 and 20 Adam steps take penalty's lr and decay, and the published rate 1e-2.
 METHODS: dict[str, dict[str, Callable[[Setting], Learner]]] = {
     "omniglot": {
-        "penalty": partial(Penalty, lr=3e-3, decay=1.0),
-        "penalty_5": partial(
-            FixedSteps, lr=3e-3, decay=1.0, steps=5, rate=1e-2, penalty="stationarity"
-        ),
-        "paper": partial(FixedSteps, lr=3e-3, decay=1.0, steps=20, rate=1e-2, penalty="paper"),
-        "implicit": partial(Implicit, lr=3e-3, decay=1.0, rate=0.1, steps=10, warm=False),
-        "implicit_warm": partial(Implicit, lr=3e-3, decay=1.0, rate=0.1, steps=10, warm=True),
+        "penalty": partial(Penalty, lr=1e-2, decay=0.3),
+        "prototypes": partial(Prototypes, lr=1e-2, sharpness=0.1),
         "maml": partial(Maml, lr=3e-3, rate=0.1, steps=1),
-        "anil": partial(Anil, lr=3e-3, rate=0.1, steps=5),
-        "prototypes": partial(Prototypes, lr=3e-3, sharpness=0.1),
+        "anil": partial(Anil, lr=1e-2, rate=0.1, steps=5),
+        "penalty_5": partial(
+            FixedSteps, lr=1e-2, decay=0.3, steps=5, rate=1e-2, penalty="stationarity"
+        ),
+        "paper": partial(FixedSteps, lr=1e-2, decay=0.3, steps=20, rate=1e-2, penalty="paper"),
+        "implicit": partial(Implicit, lr=1e-2, decay=1.0, rate=0.025, steps=10, warm=False),
+        "implicit_warm": partial(Implicit, lr=1e-2, decay=1.0, rate=0.025, steps=10, warm=True),
     },
 }
-METHODS["miniimagenet"] = METHODS["omniglot"]
+METHODS["miniimagenet"] = METHODS["omniglot"]  # nothing was tried there
 NAMES = tuple(METHODS["omniglot"])
 
 
