@@ -23,6 +23,7 @@ from examples.few_shot.methods import METHODS, NAMES, judged  # noqa: E402
 from examples.few_shot.problem import Images, tasks_of  # noqa: E402
 from examples.few_shot.rivals import Anil, Maml, Prototypes  # noqa: E402
 from examples.shared.run import _restore, _state  # noqa: E402
+from examples.shared.solvers import anneal  # noqa: E402
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "omniglot"
 SUPPORT, QUERY = torch.arange(3).repeat_interleave(2), torch.arange(3).repeat_interleave(4)
@@ -131,11 +132,13 @@ def test_a_learner_goes_on_from_a_checkpoint(name, cosine):
     learner, other = make(tiny.setting(cosine=cosine)), make(tiny.setting(1, cosine))
     pairs = [((one.encoder, one.lower_steps, *one.kept())) for one in (learner, other)]
     for number in range(2):
+        anneal([learner.upper_rule], number / 3)
         learner.step(tiny.images(number))
     for item, twin in zip(*pairs, strict=True):
         _restore(twin, copy.deepcopy(_state(item)))
     for one in (learner, other):
         torch.manual_seed(7)  # of cosine heads
+        anneal([one.upper_rule], 2 / 3)
         one.step(tiny.images(2))
     for one, twin in zip(learner.encoder.parameters(), other.encoder.parameters(), strict=True):
         assert torch.equal(one, twin)

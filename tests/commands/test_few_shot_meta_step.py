@@ -1,5 +1,7 @@
 """One meta-iteration of the few-shot example: its hypergradient, and when v counts as solved."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -81,3 +83,32 @@ def test_features_are_computed_once_and_lower_steps_see_numbers():
         assert not task.features.support.requires_grad
     assert task.features.support.requires_grad
     assert int(next(m for m in task.encoder.modules() if isinstance(m, Shift)).batches) == 6
+
+
+def test_both_must_be_solved():
+    """The certificate first, then the residual, then both."""
+    script = iter([(0.3, 8.0), (0.1, 4.0), (0.1, 2.0), (0.3, 0.5), (0.2, 1.6), (0.0, 0.0)])
+
+    class Scripted:
+        metrics = SimpleNamespace(gradient_evaluations=0)
+        done = ()
+
+        def restart_lower(self):
+            self.done += ("restart",)
+
+        def lower_step(self, f, g):
+            certificate, residual = next(script)
+            self.metrics = SimpleNamespace(
+                relative_certificate=torch.tensor(certificate),
+                residual_norm=torch.tensor(residual),
+                gradient_evaluations=1,
+            )
+
+        def upper_step(self, f, g):
+            self.done += ("upper",)
+
+    optimizer = Scripted()
+    # 0.2 and 1.6 = 0.2 * 8 are the first that both are small enough; equal counts.
+    tolerance = float(torch.tensor(0.2))
+    assert meta_step(tiny.bilevel(), optimizer, tiny.images(), tolerance, most=100) == 5
+    assert optimizer.done == ("restart", "upper")
