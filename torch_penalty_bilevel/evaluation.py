@@ -89,6 +89,20 @@ class Norms(NamedTuple):
     inner_products: tuple[float, ...] = ()
     """Of ``evaluation.subspace``, row by row; not looked at for infinities."""
 
+    asked: float = 0.0
+    """||grad_v f|| here, or where that is 0 when it was last above."""
+
+    @property
+    def certificate(self) -> float:
+        """||a|| relative to ||grad_v f||, or to what that was: where f goes silent q returns to 0.
+
+        An absolute bound would have units, and a silence that asks for nothing lets u follow the
+        multiplier of before.
+        """
+        if self.adjoint_residual == 0:
+            return 0.0
+        return self.adjoint_residual / self.asked if self.asked > 0 else math.inf
+
     def heard(self, gradients: Tensors) -> OptionalTensors:
         """None in the place of silent ones, so that the rule's momentum and decay wait too.
 
@@ -99,7 +113,7 @@ class Norms(NamedTuple):
         return tuple(None if is_silent else g for g, is_silent in pairs)
 
 
-def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
+def measure(evaluation: Evaluation, names: Sequence[str], step: int, asked: float = 0.0) -> Norms:
     """Fetch all norms and raise if anything is infinite or NaN: the step's one wait for the device.
 
     An error before anything changes needs the numbers on the host; having them there, the
@@ -109,6 +123,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         evaluation: what was computed.
         names: of the upper parameters, for the error.
         step: number of the step under way, for the error.
+        asked: ||grad_v f|| when it was last above 0.
 
     Raises:
         NonFiniteError: naming the quantity and the step.
@@ -159,6 +174,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int) -> Norms:
         tracker,
         silent=_silent(numbers),
         inner_products=inner_products,
+        asked=slope if slope > 0 else asked,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,34 +16,40 @@ class Metrics:
 
     The losses are where the closures computed them, the rest is on the host already: the step
     fetched it to check that it is finite.
+
+    Attributes:
+        upper_loss: f(u, v), at the v at hand: what u is worth is f at a v trained to the end.
+        lower_loss: g(u, v); ||r||^2 / 2 under ``FixedPoint``, where there is no g.
+        residual_norm: ||r||_2, r = grad_v g(u, v) or v - Phi(u, v): how far v is from a lower
+            solution.
+        adjoint_residual_norm: ||grad_v f + H q||_2, the certificate: how far q is from the exact
+            adjoint.
+        relative_certificate: ||grad_v f + H q||_2 / ||grad_v f||_2: 0 at the exact adjoint, 1 at
+            q = 0. Where grad_v f = 0, over what its norm last was above 0: then q has to return
+            to 0.
+        upper_grad_norm: ||grad_u f + J q||_2 over all upper parameters: the hypergradient
+            estimate; NaN after a mere ``lower_step``, which has no use for it.
+        penalty_weight: gamma, multiplies ||r||^2 / 2 or the value gap; of a relative one 0 until
+            the first step.
+        damping: lambda, multiplies g in the lower level.
+        correction_gain: what share of the multiplier's correction was trusted when the evaluation
+            began (``LeastSquares``): 1 where v stands still, 0 where batches leave the plain step;
+            NaN where the rule makes none (``subspace=False``, maps, a v above 10 million numbers).
+        gradient_evaluations: since construction: gradients of f and of g, and second-order
+            products, each as one (two for a central difference); without the first step's check of
+            dependences and the looks of ``"auto"`` at both engines.
     """
 
     upper_loss: Tensor
-    """f(u, v)."""
     lower_loss: Tensor
-    """g(u, v); ||r||^2 / 2 under ``FixedPoint``, where there is no g."""
     residual_norm: Tensor
-    """||r||_2, r = grad_v g(u, v) or v - Phi(u, v): how far v is from a lower solution."""
     adjoint_residual_norm: Tensor
-    """||grad_v f + H q||_2, the certificate: how far q is from the exact adjoint."""
     relative_certificate: Tensor
-    """||grad_v f + H q||_2 / ||grad_v f||_2: 0 at the exact adjoint, 1 at q = 0; NaN where
-    grad_v f = 0."""
     upper_grad_norm: Tensor
-    """||grad_u f + J q||_2 over all upper parameters: the hypergradient estimate; NaN after a mere
-    ``lower_step``, which has no use for it."""
     penalty_weight: Tensor
-    """gamma, multiplies ||r||^2 / 2 or the value gap; of a relative one 0 until the first step."""
     damping: Tensor
-    """lambda, multiplies g in the lower level."""
     correction_gain: Tensor
-    """What share of the multiplier's correction was trusted when the evaluation began
-    (``LeastSquares``): 1 where v stands still, 0 where batches leave the plain step; NaN where
-    the rule makes none (``subspace=False``, maps, a v above 10 million numbers)."""
     gradient_evaluations: int
-    """Since construction: gradients of f and of g, and second-order products, each as one (two for
-    a central difference); without the first step's check of dependences and the looks of
-    ``"auto"`` at both engines."""
 
     @classmethod
     def of(
@@ -68,7 +73,7 @@ class Metrics:
             [
                 norms.residual,
                 norms.adjoint_residual,
-                norms.adjoint_residual / norms.slope if norms.slope > 0 else math.nan,
+                norms.certificate,
                 norms.upper_grad,
                 *dual,
             ],

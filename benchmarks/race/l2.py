@@ -20,7 +20,8 @@ from benchmarks.race.problem import Problem as RaceProblem
 from examples.data.mirrors import default_folder
 from examples.shared.record import Line
 from examples.shared.task import Values
-from examples.tune_l2.problem import GLOBAL_WEIGHTS, Problem, lower_loss, make_problem, one_weight
+from examples.tune_l2.problem import Problem, lower_loss, make_problem
+from examples.tune_l2.rows import GLOBAL_WEIGHTS, one_weight
 from torch_penalty_bilevel import LeastSquares, Stationarity
 from torch_penalty_bilevel.constraints import Box
 

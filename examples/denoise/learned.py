@@ -58,15 +58,15 @@ METHODS = {
     ),
     "approx_grad": Method(
         partial(hypergradient, method="approx_grad", inner_iterations=5),
-        Rates(3e-3, 1.0, 5),
+        Rates(3e-3, 0.3, 1),
         lambda steps: steps + 8,
     ),
     "torchopt": Method(
         partial(implicit, solve=partial(conjugate_gradients, iterations=5, ridge=0.1)),
-        Rates(3e-3, 1.0, 1),
+        Rates(3e-3, 0.3, 1),
         lambda steps: steps + 8,
     ),
-    "higher": Method(unrolled, Rates(3e-3, 1.0, 5), lambda steps: 2 * steps + 1),
+    "higher": Method(unrolled, Rates(1e-3, 0.3, 5), lambda steps: 2 * steps + 1),
 }
 
 

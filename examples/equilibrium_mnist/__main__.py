@@ -1,7 +1,8 @@
 r"""An equilibrium model of MNIST: the layer's output is the fixed point of its own map.
 
-    python -m examples.equilibrium_mnist --method all   # table, agreement and picture
-    python -m examples.equilibrium_mnist --tune         # choose the knobs on the grid
+    python -m examples.equilibrium_mnist                   # tables and picture
+    python -m examples.equilibrium_mnist --method penalty  # one method
+    python -m examples.equilibrium_mnist --tune            # choose the knobs on the grid
 
 Each image x has a state z of 200 numbers that solves z = tanh(W z + U x + b); a linear read-out
 of z gives the classes. The states of the 5,000 training images are the lower variables, the fixed
@@ -16,12 +17,12 @@ Three ways to the same hypergradient, all warm-started:
 - fixed_point: T maps, then K = T products of the adjoint fixed-point iteration;
 - cg_normal: T maps, then conjugate gradients on the normal equations with 2 K products.
 
-Besides them two models without an equilibrium: softmax regression, and the same network with
-W = 0, trained by the same rule for as many steps as the penalty. Knobs (Adam's upper rate and T)
-are chosen on seed 100 with 1,000 images and 600 evaluations (``--tune --train 1000 --test 1000
---evaluations 600``) by the training loss at the solved equilibrium, never on the seeds
+Besides them two models without an equilibrium: "softmax" (regression), and "network", the same
+with W = 0, trained by the same rule for as many steps as the first method asked for. Knobs (Adam's
+upper rate and T) are chosen on seed 100 with 1,000 images and 600 evaluations (``--tune --train
+1000 --test 1000 --budget 600``) by the training loss at the solved equilibrium, never on the seeds
 reported. All have the same budget of gradients, maps and products. Losses and accuracies are
-those of the solved equilibrium; the clock, of this process's CPU time, stands still meanwhile.
+those of the solved equilibrium; the clock (CPU time; wall time on a GPU) stands still meanwhile.
 
 First the three are compared at one point, in float64: cosine and relative error to implicit
 differentiation solved to 1e-12.
@@ -31,14 +32,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from examples.data.mirrors import default_folder
 from examples.data.mnist import mnist
@@ -51,19 +48,19 @@ from examples.equilibrium_mnist.problem import (
     make_problem,
     project,
 )
-from examples.equilibrium_mnist.report import draw, table
-from examples.equilibrium_mnist.rows import METHODS, agreement, baselines, seen
+from examples.equilibrium_mnist.report import draw, section
+from examples.equilibrium_mnist.rows import METHODS, agreement, network, seen, softmax
 from examples.shared import command
+from examples.shared.experiment import Experiment, by_method
 from examples.shared.grid import print_best, settings
-from examples.shared.record import Line, Record
+from examples.shared.record import Line
+from examples.shared.run import Run
 from torch_penalty_bilevel import FixedPoint, HypergradientOptimizer, PenaltyBilevelOptimizer
 
 GRID = {"upper_lr": (3e-4, 1e-3, 3e-3), "lower_steps": (1, 5)}
 TUNED = {"penalty": (3e-3, 5), "fixed_point": (3e-3, 5), "cg_normal": (3e-3, 5)}
 TUNING_SEED = 100
-RECORD = Path("results/equilibrium_mnist.jsonl")  # delete it when the code has changed
-PICTURE = Path("results/equilibrium_mnist.png")
-Images = tuple[Tensor, Tensor]
+SMOKE = {"train": 200, "test": 200, "width": 40, "budget": 60, "moments": 3}
 Optimizer = PenaltyBilevelOptimizer | HypergradientOptimizer
 
 
@@ -85,124 +82,109 @@ def make_optimizer(p: Parameters, z: Tensor, method: str, upper_lr: float, steps
     )
 
 
-def train(
-    problem: Problem,
-    setting: Line,
-    seed: int,
-    width: int,
-    budget: int,
-    moments: int,
-    tick: Callable[[int], object],
-) -> Line:
+def train(problem: Problem, setting: Line, width: int, budget: int, moments: int, run: Run) -> Line:
     """One method until ``budget`` evaluations, seen at ``moments`` of them."""
-    dtype = problem.images.dtype
-    p = make_parameters(seed, width, dtype)
-    z = torch.zeros(len(problem.labels), width, dtype=dtype, requires_grad=True)
+    like = problem.images
+    p = make_parameters(setting["seed"], width, like.dtype, device=like.device)
+    z = torch.zeros(len(problem.labels), width, dtype=like.dtype, device=like.device)
+    z.requires_grad_()
     optimizer = make_optimizer(p, z, setting["method"], setting["upper_lr"], setting["lower_steps"])
     marks = np.unique(np.geomspace(10, budget, moments).astype(int)).tolist()
-    seconds, count, steps, path = 0.0, 0, 0, []
-    while count < budget:
-        began = time.process_time()
+    count, path = [0, 0], []  # evaluations, steps
+    for step in run.until(budget, lambda: count[0], *p.values(), z, optimizer, count, path):
         optimizer.step(lambda: loss_of(p, z, problem.labels), lambda: layer(p, z, problem.images))
         project(p["W"])
-        seconds, steps = seconds + time.process_time() - began, steps + 1
-        tick(optimizer.metrics.gradient_evaluations - count)
-        count = optimizer.metrics.gradient_evaluations
-        if count >= marks[0] or count >= budget:
-            path.append({"seconds": seconds, "evaluations": count, **seen(p, problem)})
-            marks = [mark for mark in marks if mark > count] or [budget]
-    return {**path[-1], "steps": steps, "path": path}
+        count[:] = optimizer.metrics.gradient_evaluations, step + 1
+        last = path[-1]["evaluations"] if path else 0
+        if count[0] >= min((mark for mark in marks if mark > last), default=budget):
+            with run.paused():
+                now = {"seconds": run.seconds, "evaluations": count[0]}
+                path.append({**now, **seen(p, problem)})
+                run.show(step, loss=path[-1]["loss"], test=path[-1]["test"])
+    return {**path[-1], "steps": count[1], "path": path}
 
 
 def planned(options: argparse.Namespace) -> list[Line]:
-    """Every run that is asked for, as the record knows it."""
-    first, count = (TUNING_SEED, 1) if options.tune else (options.first_seed, options.seeds)
-    common = common_of(options)
+    """Every run of a method that is asked for, as the record knows it."""
+    sizes = {name: getattr(options, name) for name in ("train", "test", "width")}
+    moments = 1 if options.tune else options.moments
     return [
-        {**common, "seed": seed, **setting}
-        for seed in range(first, first + count)
-        for method in methods_of(options)
+        {**sizes, "budget": options.budget, "moments": moments, "seed": seed, **setting}
+        for seed in ([TUNING_SEED] if options.tune else command.seeds_of(options))
+        for method in command.methods_of(options, METHODS)
         for setting in settings(method, GRID, TUNED[method], options)
     ]
 
 
-def common_of(options: argparse.Namespace) -> Line:
-    """What every run of the command has in common."""
-    sizes = {name: getattr(options, name) for name in ("train", "test", "width")}
-    moments = 1 if options.tune else options.moments
-    return {**sizes, "budget": options.evaluations, "moments": moments}
+def beside(plan: list[Line], experiment: Experiment) -> list[Line]:
+    """The runs without an equilibrium: of each seed, beside the first method's."""
+    found: list[Line] = []
+    for line in (line for line in plan if line["method"] == plan[0]["method"]):
+        common = {key: line[key] for key in ("train", "test", "width", "seed")}
+        steps = experiment.record[line]["steps"]
+        found.append({**common, "method": "softmax"})
+        found.append({**common, "method": "network", "rate": line["upper_lr"], "steps": steps})
+    return found
 
 
-def methods_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """One method or all of them."""
-    return METHODS if options.method == "all" else (options.method,)
+class Work:
+    """Does one run after another."""
 
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.data = mnist(default_folder("mnist", options.data_dir))
+        self.device = device
 
-def perform(todo: list[Line], record: Record, data: Images) -> None:
-    """Run what is to be done, in order."""
-    with tqdm(total=sum(run["budget"] for run in todo), file=sys.stderr, mininterval=1) as bar:
-        for run in todo:
-            problem = make_problem(data, run["seed"], run["train"], run["test"])
-            bar.set_description(run["method"])
-            arguments = run["seed"], run["width"], run["budget"], run["moments"]
-            record.add(run, train(problem, run, *arguments, bar.update))
-
-
-def simple_rows(
-    runs: list[Line], record: Record, data: Images, options: argparse.Namespace
-) -> dict[str, list[Line]]:
-    """The models without an equilibrium, each beside the first method's run of its seed."""
-    rows: dict[str, list[Line]] = {}
-    for run in (run for run in runs if run["method"] == methods_of(options)[0]):
-        rate, steps, seed = run["upper_lr"], record[run]["steps"], run["seed"]
-        simple = {"row": "baselines", **common_of(options)}
-        simple |= {"seed": seed, "rate": rate, "steps": steps}
-        if simple not in record:
-            problem = make_problem(data, seed, options.train, options.test)
-            record.add(simple, baselines(problem, seed, options.width, rate, steps))
-        for name, row in record[simple].items():
-            rows.setdefault(name, []).append(row)
-    return rows
+    def __call__(self, line: Line, run: Run) -> Line:
+        """One row on one seed."""
+        if line["method"] == "agreement":
+            return agreement(self.data, line["width"], self.device)
+        problem = make_problem(self.data, line["seed"], line["train"], line["test"])
+        problem = Problem(*(part.to(self.device) for part in problem))
+        if line["method"] == "softmax":
+            return softmax(problem)
+        if line["method"] == "network":
+            return network(problem, line["seed"], line["width"], line["rate"], line["steps"], run)
+        return train(problem, line, line["width"], line["budget"], line["moments"], run)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = command.parser(__spec__, f"{__doc__}\nThe grid: {GRID}.")
     add = parser.add_argument
-    add("--method", choices=("all", *METHODS), default="all", help="(all)")
     add("--tune", action="store_true", help="try the grid on the tuning seed, print the best")
     add("--upper-lr", type=float, help="Adam's rate for u (tuned)")
     add("--lower-steps", type=int, help="T (tuned)")
-    add("--evaluations", type=int, default=400, help="gradients, maps, products per run (400)")
     add("--train", type=int, default=5000, help="training images (5000)")
     add("--test", type=int, default=5000, help="test images (5000)")
     add("--width", type=int, default=200, help="length of z (200)")
-    add("--seeds", type=int, default=2, help="number of seeds (2)")
-    add("--first-seed", type=int, default=0, help="first of them (0)")
     add("--moments", type=int, default=8, help="points of a path (8)")
-    add("--threads", type=int, default=1, help="torch threads (1)")
-    add("--folder", type=Path, default=default_folder("mnist"), help="folder of MNIST")
-    add("--record", type=Path, default=RECORD, help=f"finished runs ({RECORD})")
-    add("--output", type=Path, default=PICTURE, help=f"picture ({PICTURE})")
-    return parser.parse_args()
+    command.add_common(parser, METHODS, METHODS, 400, "gradients, maps and products", seeds=2)
+    options = parser.parse_args()
+    if options.smoke:
+        vars(options).update(SMOKE)
+    return options
 
 
 def main() -> None:
-    """Run what is not in the record yet; print and draw what is."""
+    """Run what is asked for; print and draw it."""
     options = parse()
     torch.set_num_threads(options.threads)
-    data, record = mnist(options.folder), Record(options.record)
-    runs, methods = planned(options), methods_of(options)
-    perform([run for run in runs if run not in record], record, data)
+    experiment, plan = Experiment("equilibrium_mnist", options), planned(options)
+    work, picture = Work(options, experiment.device), experiment.out / "equilibrium_mnist.png"
     if options.tune:
-        print_best(methods, runs, record, GRID, by="loss")
+        experiment.perform(plan, work)
+        print_best(command.methods_of(options, METHODS), plan, experiment.record, GRID, by="loss")
         return
-    results = {m: [record[run] for run in runs if run["method"] == m] for m in methods}
-    results |= simple_rows(runs, record, data, options)
-    print(agreement(data, options.width), end="\n\n")
-    print(table(results))
-    draw(results, options.output)
-    print(f"picture: {options.output}")
+    first = {"method": "agreement", "seed": 0, "width": options.width}
+    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
+        experiment.perform([first, *part], work)
+        simple = beside(part, experiment)
+        experiment.perform(simple, work)
+        content = experiment.publish([first, *part, *simple])
+        draw(by_method(content["runs"]), picture)
+        print(f"picture: {picture}", file=sys.stderr)  # something to see after the first seed
+    print(section(content))
+    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model of ``equilibrium_mnist.py``: images, a layer that is its own fixed point, a loss."""
+"""The model of ``equilibrium_mnist``: images, a layer that is its own fixed point, a loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def make_problem(data: tuple[Tensor, Tensor], seed: int, train: int, test: int) 
 
 
 def make_parameters(
-    seed: int, width: int, dtype: torch.dtype = torch.float32, inputs: int = 784
+    seed: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    inputs: int = 784,
+    device: torch.device | str = "cpu",
 ) -> Parameters:
     """W (width, width) of spectral norm 0.5, U, b and a read-out, all to be learned."""
     source = torch.Generator().manual_seed(seed)
@@ -49,7 +53,7 @@ def make_parameters(
         "C": normal(10, width),
         "c": torch.zeros(10, dtype=dtype),
     }
-    return {name: value.requires_grad_() for name, value in parameters.items()}
+    return {name: value.to(device).requires_grad_() for name, value in parameters.items()}
 
 
 def layer(p: Parameters, z: Tensor, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table and the picture of ``equilibrium_mnist.py``."""
+"""The table and the picture of ``equilibrium_mnist``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,32 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from examples.equilibrium_mnist.rows import METHODS
+from examples.shared.experiment import by_method
 from examples.shared.record import Line
 from examples.shared.table import markdown, spread
 
 
+def section(content: Line) -> str:
+    """The page of one results.json: what was run, the agreement, and the table."""
+    results = by_method(content["runs"])
+    run = next(entry["run"] for entry in content["runs"] if "budget" in entry["run"])
+    return (
+        f"{run['train']:,} images, {run['test']:,} to test, z of {run['width']} numbers, "
+        f"{run['budget']:,} gradients, maps and products.\n\n"
+        f"{agreement_table(results['agreement'][0])}\n\n{table(results)}"
+    )
+
+
+def agreement_table(found: Line) -> str:
+    """How far the hypergradients are from the exact one."""
+    columns = ("1 - cosine", "relative error")
+    rows = {method: [f"{errors[c]:.1e}" for c in columns] for method, errors in found.items()}
+    return markdown(["hypergradient", *columns], rows)
+
+
 def table(results: dict[str, list[Line]]) -> str:
     """Medians over the seeds in Markdown, and the range where they differ."""
+    results = {name: runs for name, runs in results.items() if name != "agreement"}
     names = ["test", "loss", "norm", "steps", "evaluations", "seconds"]
 
     def cell(runs: list[Line], name: str) -> str:
@@ -32,18 +51,18 @@ def draw(results: dict[str, list[Line]], path: Path) -> None:
     for row, (kind, label) in zip(axes, flat.items(), strict=True):
         row[0].set_ylabel(label)
         for axis, name in zip(row, ("seconds", "evaluations"), strict=True):
-            for method in (m for m in METHODS if m in results):
-                path_of = results[method][0]["path"]
-                xs, ys = ([point[key] for point in path_of] for key in (name, kind))
-                axis.plot(xs, ys, ".-", linewidth=1.3, label=method)
-            simple = results["network, W = 0"][0][kind]
-            axis.axhline(simple, color="black", linestyle=":", label="network, W = 0")
+            for method, runs in results.items():
+                if "path" in runs[0]:
+                    xs, ys = ([point[key] for point in runs[0]["path"]] for key in (name, kind))
+                    axis.plot(xs, ys, ".-", linewidth=1.3, label=method)
+            level = results["network"][0][kind]
+            axis.axhline(level, color="black", linestyle=":", label="network, W = 0")
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
     axes[1, 0].set_ylim(bottom=0.7)
-    axes[1, 0].set_xlabel("CPU seconds")
+    axes[1, 0].set_xlabel("seconds")
     axes[1, 1].set_xlabel("gradients, maps and products")
     axes[1, 1].legend()
     path.parent.mkdir(parents=True, exist_ok=True)

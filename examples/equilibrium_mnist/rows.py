@@ -1,4 +1,4 @@
-"""What ``equilibrium_mnist.py`` compares: models without an equilibrium, exact hypergradients."""
+"""What ``equilibrium_mnist`` compares: models without an equilibrium, exact hypergradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from examples.equilibrium_mnist.problem import (
     make_problem,
 )
 from examples.shared.record import Line
-from examples.shared.table import markdown
+from examples.shared.run import Run
 from torch_penalty_bilevel import (
     FixedPoint,
     HypergradientOptimizer,
@@ -42,33 +42,30 @@ def seen(p: Parameters, problem: Problem) -> Line:
     }
 
 
-def baselines(problem: Problem, seed: int, width: int, upper_lr: float, steps: int) -> Line:
-    """Softmax regression, and the network without W."""
+def softmax(problem: Problem) -> Line:
+    """Softmax regression."""
+    images, labels, test_images, test_labels = (part.cpu() for part in problem)
     began = time.process_time()
-    model = LogisticRegression(C=0.1, max_iter=1000).fit(problem.images, problem.labels)
-    linear = {
-        "loss": float(-np.log(_of_labels(model, problem)).mean()),
-        "test": float(model.score(problem.test_images, problem.test_labels)),
-        "seconds": time.process_time() - began,
-    }
-    p = make_parameters(seed, width, problem.images.dtype)
+    model = LogisticRegression(C=0.1, max_iter=1000).fit(images, labels)
+    seconds = time.process_time() - began
+    told = model.predict_proba(images)[np.arange(len(labels)), labels]
+    test = float(model.score(test_images, test_labels))
+    return {"loss": float(-np.log(told).mean()), "test": test, "seconds": seconds}
+
+
+def network(problem: Problem, seed: int, width: int, upper_lr: float, steps: int, run: Run) -> Line:
+    """The network without W."""
+    p = make_parameters(seed, width, problem.images.dtype, device=problem.images.device)
     with torch.no_grad():
         p["W"].zero_()
     learned = [value for name, value in p.items() if name != "W"]
-    rule, began = torch.optim.Adam(learned, lr=upper_lr), time.process_time()
+    rule = torch.optim.Adam(learned, lr=upper_lr)
     nothing = torch.zeros_like(p["b"])[None]
-    for _ in range(steps):
+    for _ in run.steps(steps, *learned, rule):
         rule.zero_grad()
         loss_of(p, layer(p, nothing, problem.images), problem.labels).backward()
         rule.step()
-    seconds = time.process_time() - began
-    flat = {**seen(p, problem), "seconds": seconds, "steps": steps, "evaluations": steps}
-    return {"softmax regression": linear, "network, W = 0": flat}
-
-
-def _of_labels(model: LogisticRegression, problem: Problem) -> np.ndarray:
-    rows = np.arange(len(problem.labels))
-    return model.predict_proba(problem.images)[rows, problem.labels]
+    return {**seen(p, problem), "seconds": run.seconds, "steps": steps, "evaluations": steps}
 
 
 def hypergradients(p: Parameters, problem: Problem) -> dict[str, Tensor]:
@@ -112,18 +109,22 @@ def hypergradients(p: Parameters, problem: Problem) -> dict[str, Tensor]:
     return found
 
 
-def agreement(data: tuple[Tensor, Tensor], width: int, samples: int = 100) -> str:
-    """Cosines and relative errors of the three in Markdown, at a random point with ||W|| = 0.9."""
+def agreement(
+    data: tuple[Tensor, Tensor], width: int, device: torch.device, samples: int = 100
+) -> Line:
+    """1 - cosine and relative error of the three, at a random point with ||W|| = 0.9."""
     drawn = make_problem(data, 0, samples, 1)
-    problem = drawn._replace(images=drawn.images.double())
-    p = make_parameters(0, width, torch.float64)
+    problem = Problem(*(part.to(device) for part in drawn))
+    problem = problem._replace(images=problem.images.double())
+    p = make_parameters(0, width, torch.float64, device=device)
     with torch.no_grad():
         p["W"].mul_(0.9 / 0.5)
     found = hypergradients(p, problem)
     exact = found.pop("exact")
-    rows = {}
-    for method, vector in found.items():
-        cosine = torch.cosine_similarity(vector, exact, dim=0)
-        error = (vector - exact).norm() / exact.norm()
-        rows[method] = [f"{1 - float(cosine):.1e}", f"{float(error):.1e}"]
-    return markdown(["hypergradient", "1 - cosine", "relative error"], rows)
+    return {
+        method: {
+            "1 - cosine": 1 - float(torch.cosine_similarity(vector, exact, dim=0)),
+            "relative error": float((vector - exact).norm() / exact.norm()),
+        }
+        for method, vector in found.items()
+    }

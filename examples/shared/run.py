@@ -71,35 +71,41 @@ class Run:
         """
         return self._loop(count, lambda step: step, kept)
 
-    def until(self, seconds: float, *kept: Any) -> Iterator[int]:
-        """0, 1, ... until the clock has passed ``seconds``; ``kept`` as for ``steps``."""
-        return self._loop(seconds, lambda step: self.spent, kept)
+    def until(self, budget: float, spent: Callable[[], float], *kept: Any) -> Iterator[int]:
+        """0, 1, ... until ``spent()`` reaches ``budget``; or from where the checkpoint was made.
+
+        Args:
+            budget: of what steps cost, where that differs from step to step.
+            spent: so far, from what is ``kept``, or of the clock.
+            kept: as in ``steps``.
+        """
+        return self._loop(budget, lambda step: spent(), kept)
 
     @property
-    def spent(self) -> float:
+    def clock(self) -> float:
         """Seconds in the loop so far, now."""
         return self.seconds + (0.0 if self._began is None else self._now() - self._began)
 
     def _loop(
-        self, end: float, done: Callable[[int], float], kept: tuple[Any, ...]
+        self, goal: float, reached: Callable[[int], float], kept: tuple[Any, ...]
     ) -> Iterator[int]:
         step = self._load(kept)
         self._bar = tqdm(
-            total=end, initial=int(done(step)), desc=self.name, leave=False, mininterval=0.5
+            total=goal, initial=int(reached(step)), desc=self.name, leave=False, mininterval=0.5
         )
         self._began, saved = self._now(), time.monotonic()
         try:
-            while done(step) < end:
+            while reached(step) < goal:
                 yield step
                 step += 1
-                self._bar.update(int(done(step)) - self._bar.n)
+                self._bar.update(int(reached(step)) - self._bar.n)
                 if time.monotonic() - saved >= SAVE_EVERY:
                     with self.paused():
                         self._save(step, kept)
                     saved = time.monotonic()
             self._checkpoint.unlink(missing_ok=True)
         finally:
-            self.seconds, self._began = self.spent, None
+            self.seconds, self._began = self.clock, None
             self._bar.close()
             if self._writer is not None:
                 self._writer.close()
@@ -122,7 +128,7 @@ class Run:
     def paused(self) -> Generator[None]:
         """The clock stands still inside."""
         was_going = self._began is not None
-        self.seconds, self._began = self.spent, None
+        self.seconds, self._began = self.clock, None
         yield
         self._began = self._now() if was_going else None
 

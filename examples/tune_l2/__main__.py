@@ -1,8 +1,8 @@
 """One L2 weight per feature of a softmax regression, by every method with the same command.
 
-    python -m examples.tune_l2 --data newsgroups --method all      # table and picture
-    python -m examples.tune_l2 --data newsgroups --method penalty  # one method, same options
-    python -m examples.tune_l2 --data gas --method all --tune      # choose the knobs on the grid
+    python -m examples.tune_l2                                  # newsgroups, by the penalty
+    python -m examples.tune_l2 --method all                     # by every method, same budget
+    python -m examples.tune_l2 --data gas --method all --tune   # choose the knobs on the grid
 
 u holds the log L2 weight of each of d features, v the coefficients (d x k classes):
 
@@ -23,14 +23,16 @@ gradient steps for v: its lower rates are in units of 1 / curvature. So are the 
 ``neumann``, ``fixed_point`` and ``one_step`` on their linear system.
 
 Two validation losses: "running" at the v at hand, "re-solved" at v*(u), L-BFGS to the end; the
-clock, of this process's CPU time, stands still meanwhile. Knobs, targets and the table go by the
+clock (CPU time; wall time on a GPU) stands still meanwhile. Knobs, targets and the table go by the
 second: a running v may be good because it was stopped early or was pulled towards f, not because
 u is good.
 
+Rows that learn nothing: "one_weight", the best of a grid of L2 weights for all features, and
+"no_l2".
+
 The table: re-solved validation loss at the end; test accuracy of v*(u), and when it is fitted
 again on training and validation rows ("refit"); when a method first reached the target: the
-loss 1% of the best method's gain above the best method's end. Finished runs are lines of the
-record and are not repeated.
+loss 1% of the best method's gain above the best method's end.
 
 What to read there: f sees as many validation posts as u has entries, so it falls while the test
 accuracy falls below that of one L2 weight; stop early, or take more posts. On newsgroups the
@@ -44,21 +46,17 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from examples.data.mirrors import default_folder
 from examples.data.uci import UCI
 from examples.shared import command
+from examples.shared.experiment import Experiment, by_method
 from examples.shared.grid import print_best, settings
-from examples.shared.record import Line, Record
+from examples.shared.record import Line
+from examples.shared.run import Run
 from examples.tune_l2.methods import (
     GRID,
     METHODS,
@@ -67,129 +65,118 @@ from examples.tune_l2.methods import (
     TUNING_SEED,
     make_optimizer,
 )
-from examples.tune_l2.problem import GLOBAL_WEIGHTS, Problem, lower_loss, make_problem, one_weight
-from examples.tune_l2.report import draw, table
+from examples.tune_l2.problem import Problem, lower_loss, make_problem
+from examples.tune_l2.report import draw, section
+from examples.tune_l2.rows import ROWS, simple
 from torch_penalty_bilevel import NonFiniteError
 
-RECORD = Path("results/tune_l2.jsonl")  # delete it when the code has changed
+NAMES = (*ROWS, *METHODS)
+SMOKE = {"features": 300, "posts": 400, "budget": 60, "moments": 3}
 
 
-def tune(
-    problem: Problem, setting: Line, budget: int, moments: int, tick: Callable[[int], object]
-) -> Line:
+def tune(problem: Problem, setting: Line, budget: int, moments: int, run: Run) -> Line:
     """Run one setting until ``budget`` evaluations; its path at ``moments`` of them, its end.
 
     Without moments (to choose knobs) only the validation loss at the end.
     """
     u, v = problem.start()
     optimizer = make_optimizer(problem, u, v, setting)
-    marks = np.unique(np.geomspace(10, budget, moments).astype(int)).tolist() or [budget]
-    seen: list[Moment] = [Moment(0.0, 0, u.detach().clone(), v.detach().clone())]
-    seconds, count = 0.0, 0
-    while count < budget:
-        began = time.process_time()
-        try:
+    marks = np.unique(np.geomspace(10, budget, moments).astype(int)).tolist()
+    count = [0]
+    seen: list[Line] = [_moment(0.0, 0, u, v)]
+    try:
+        for step in run.until(budget, lambda: count[0], u, v, optimizer, count, seen):
             optimizer.step(
                 lambda: problem.validation.loss(v), lambda: lower_loss(problem.train, u, v)
             )
-        except NonFiniteError as error:
-            return {"diverged": str(error), "validation": math.inf}
-        seconds += time.process_time() - began
-        tick(optimizer.metrics.gradient_evaluations - count)
-        count = optimizer.metrics.gradient_evaluations
-        if count >= marks[0]:
-            seen.append(Moment(seconds, count, u.detach().clone(), v.detach().clone()))
-            marks = [mark for mark in marks if mark > count] or [budget]
+            count[0] = optimizer.metrics.gradient_evaluations
+            if count[0] >= min((m for m in marks if m > seen[-1]["evaluations"]), default=budget):
+                with run.paused():
+                    seen.append(_moment(run.seconds, count[0], u, v))
+                    run.show(step, running=problem.validation.loss(v))
+    except NonFiniteError as error:
+        return {"diverged": str(error), "validation": math.inf}
     if not moments:
         return {"validation": problem.validation.loss(problem.solved(u, v)).item()}
     return judged(problem, seen)
 
 
-class Moment(NamedTuple):
+def _moment(seconds: float, evaluations: int, u: torch.Tensor, v: torch.Tensor) -> Line:
     """A run, seen."""
-
-    seconds: float
-    evaluations: int
-    u: Tensor
-    v: Tensor
+    copies = {"u": u.detach().clone(), "v": v.detach().clone()}
+    return {"seconds": seconds, "evaluations": evaluations, **copies}
 
 
-def judged(problem: Problem, seen: list[Moment]) -> Line:
+def judged(problem: Problem, seen: list[Line]) -> Line:
     """The path with the lower level solved at each moment, and what the last u is worth."""
-    path, best = [], seen[0].v
+    path, best = [], seen[0]["v"]
     for moment in seen:
-        best = problem.solved(moment.u, best)
-        running, resolved = (problem.validation.loss(v).item() for v in (moment.v, best))
-        when = {"seconds": moment.seconds, "evaluations": moment.evaluations}
+        best = problem.solved(moment["u"], best)
+        running, resolved = (problem.validation.loss(v).item() for v in (moment["v"], best))
+        when = {key: moment[key] for key in ("seconds", "evaluations")}
         path.append({**when, "running": running, "resolved": resolved})
-    refit = problem.solved(seen[-1].u, best, problem.train.joined(problem.validation))
+    refit = problem.solved(seen[-1]["u"], best, problem.train.joined(problem.validation))
     return {
         "path": path,
         "validation": path[-1]["resolved"],
         "running": path[-1]["running"],
         "test": problem.test.accuracy(best),
         "refit": problem.test.accuracy(refit),
-        "seconds": seen[-1].seconds,
+        "seconds": seen[-1]["seconds"],
+        "evaluations": seen[-1]["evaluations"],
     }
 
 
-def baselines(problem: Problem) -> Line:
-    """One L2 weight from a grid, and none."""
-    rows = {}
-    for name, weights in (("one L2 weight", GLOBAL_WEIGHTS), ("no L2", np.zeros(1))):
-        v, row = one_weight(problem, weights)
-        if row["weight"] > 0:
-            u = torch.full((problem.features,), math.log(row["weight"]), dtype=problem.dtype)
-            both = problem.train.joined(problem.validation)
-            row["refit"] = problem.test.accuracy(problem.solved(u, v, both))
-        rows[name] = row
-    return rows
-
-
 def planned(options: argparse.Namespace) -> list[Line]:
-    """Every run that is asked for, as the record knows it; without baselines if it is to tune."""
+    """Every run that is asked for, as the record knows it; without simple rows if it is to tune."""
     sizes = {"features": options.features, "posts": options.posts}
     common = {"data": options.data, **(sizes if options.data == "newsgroups" else {})}
-    common |= {"budget": options.evaluations, "moments": 0 if options.tune else options.moments}
+    spent = {"budget": options.budget, "moments": 0 if options.tune else options.moments}
     tuned = TUNED.get(options.data, {})
     runs: list[Line] = []
-    for seed in seeds_of(options):  # methods in turn: a busy machine is busy for all of them
-        runs += [] if options.tune else [{"row": "baselines", **common, "seed": seed}]
-        for method in methods_of(options):
-            knobs = settings(method, GRID, tuned.get(method, (0.1, 0.1, 1)), options)
-            runs += [{**common, "seed": seed, **setting} for setting in knobs]
+    for seed in [TUNING_SEED] if options.tune else command.seeds_of(options):
+        for name in command.methods_of(options, NAMES):
+            if name in METHODS:
+                knobs = settings(name, GRID, tuned.get(name, (0.1, 0.1, 1)), options)
+                runs += [{**common, **spent, "seed": seed, **setting} for setting in knobs]
+            elif not options.tune:
+                runs.append({**common, "method": name, "seed": seed})
     return runs
 
 
-def seeds_of(options: argparse.Namespace) -> range:
-    """The seeds to report, or the one to tune on."""
-    first, count = (TUNING_SEED, 1) if options.tune else (options.first_seed, options.seeds)
-    return range(first, first + count)
+class Work:
+    """Does one run after another, on the data of its seed."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        kind = "20newsgroups" if options.data == "newsgroups" else "uci"
+        self.folder, self.device = default_folder(kind, options.data_dir), device
+        self._made: tuple[int, Problem] | None = None
+
+    def problem(self, line: Line) -> Problem:
+        """The data of a run; those of the last seed are kept."""
+        if self._made is None or self._made[0] != line["seed"]:
+            sizes = line.get("features", 0), line.get("posts", 0)
+            problem = make_problem(
+                line["data"], line["seed"], self.folder, *sizes, device=self.device
+            )
+            warm_up(problem)
+            self._made = line["seed"], problem
+        return self._made[1]
+
+    def __call__(self, line: Line, run: Run) -> Line:
+        """One row on one seed."""
+        problem = self.problem(line)
+        if line["method"] in ROWS:
+            return simple(problem, ROWS[line["method"]])
+        return tune(problem, line, line["budget"], line["moments"], run)
 
 
-def methods_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """One method or all of them."""
-    return METHODS if options.method == "all" else (options.method,)
-
-
-def perform(todo: list[Line], record: Record, folder: Path) -> None:
-    """Run what is to be done, in order."""
-    problem, shown = None, -1
-    with tqdm(total=sum(r["budget"] for r in todo), file=sys.stderr, mininterval=1) as bar:
-        for run in todo:
-            if problem is None or run["seed"] != shown:
-                shown = run["seed"]
-                problem = make_problem(
-                    run["data"], shown, folder, run.get("features", 0), run.get("posts", 0)
-                )
-                first = {"method": "penalty", **dict.fromkeys(GRID, 1)}
-                tune(problem, first, 10, 0, lambda n: None)  # no run pays for torch's first use
-            bar.set_description(run.get("method", "baselines"))
-            if "row" in run:
-                record.add(run, baselines(problem))
-                bar.update(run["budget"])
-            else:
-                record.add(run, tune(problem, run, run["budget"], run["moments"], bar.update))
+def warm_up(problem: Problem) -> None:
+    """A few steps, so that no run pays for torch's first use."""
+    u, v = problem.start()
+    optimizer = make_optimizer(problem, u, v, {"method": "penalty", **dict.fromkeys(GRID, 1)})
+    for _ in range(3):
+        optimizer.step(lambda: problem.validation.loss(v), lambda: lower_loss(problem.train, u, v))
 
 
 def parse() -> argparse.Namespace:
@@ -198,42 +185,39 @@ def parse() -> argparse.Namespace:
     parser = command.parser(__spec__, text)
     add = parser.add_argument
     add("--data", choices=("newsgroups", *UCI), default="newsgroups", help="(newsgroups)")
-    add("--method", choices=("all", *METHODS), default="penalty", help="(penalty)")
     add("--tune", action="store_true", help="try the grid on the tuning seed, print the best")
     add("--upper-lr", type=float, help="(tuned)")
     add("--lower-lr", type=float, help="(tuned)")
     add("--lower-steps", type=int, help="T (tuned)")
-    add("--evaluations", type=int, default=1000, help="gradients and products per run (1000)")
     add("--features", type=int, default=2000, help="words of newsgroups (2000)")
     add("--posts", type=int, default=4000, help="posts of newsgroups to learn from (4000)")
-    add("--seeds", type=int, default=2, help="number of seeds (2)")
-    add("--first-seed", type=int, default=0, help="first of them (0)")
     add("--moments", type=int, default=10, help="points of a path (10)")
-    add("--threads", type=int, default=1, help="torch threads (1)")
-    add("--folder", type=Path, help="folder of the data (beside the checkout, or a cache)")
-    add("--record", type=Path, default=RECORD, help=f"finished runs ({RECORD})")
-    add("--output", type=Path, help="picture (results/tune_l2_DATA.png)")
-    return parser.parse_args()
+    command.add_common(parser, NAMES, (*ROWS, "penalty"), 1000, "gradients and products", seeds=2)
+    options = parser.parse_args()
+    if options.smoke:
+        vars(options).update(SMOKE)
+    return options
 
 
 def main() -> None:
-    """Run what is not in the record yet; print and draw what is."""
+    """Run what is asked for; print and draw it."""
     options = parse()
     torch.set_num_threads(options.threads)
-    kind = "20newsgroups" if options.data == "newsgroups" else "uci"
-    runs, record, methods = planned(options), Record(options.record), methods_of(options)
-    todo = [run for run in runs if run not in record]
-    perform(todo, record, options.folder or default_folder(kind))
+    experiment, plan = Experiment("tune_l2", options), planned(options)
+    work, picture = Work(options, experiment.device), experiment.out / "tune_l2.png"
     if options.tune:
-        print_best(methods, runs, record, GRID, by="validation")
+        experiment.perform(plan, work)
+        methods = [name for name in command.methods_of(options, NAMES) if name in METHODS]
+        print_best(methods, plan, experiment.record, GRID, by="validation")
         return
-    simple = [record[run] for run in runs if "row" in run]
-    results = {m: [record[run] for run in runs if run.get("method") == m] for m in methods}
-    print(table(results, simple))
-    output = options.output or Path(f"results/tune_l2_{options.data}.png")
-    title = f"{options.data}: L2 weight per feature, seed {seeds_of(options)[0]}"
-    draw(results, simple, title, output)
-    print(f"picture: {output}")
+    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
+        experiment.perform(part, work)
+        content = experiment.publish(part)
+        title = f"{options.data}: L2 weight per feature, seed {plan[0]['seed']}"
+        if draw(by_method(content["runs"]), title, picture):
+            print(f"picture: {picture}", file=sys.stderr)  # to see after the first seed
+    print(section(content))
+    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
 
 
 if __name__ == "__main__":

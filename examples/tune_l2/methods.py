@@ -1,4 +1,4 @@
-"""The methods of ``tune_l2.py`` with their knobs, and each one's optimizer."""
+"""The methods of ``tune_l2`` with their knobs, and each one's optimizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TUNING_SEED = 100
 TUNED: dict[str, dict[str, tuple[float, float, int]]] = {
     # The corner of the grid for all that were tried; one_step and approx_grad follow the others.
     "newsgroups": {method: (0.1, 0.3, 10) for method in METHODS},
-    "gas": {  # with --evaluations 400
+    "gas": {  # with --budget 400
         "penalty": (0.03, 0.3, 1),
         "penalty_no_pull": (0.03, 0.3, 1),
         "value": (0.03, 0.1, 1),
@@ -45,7 +45,7 @@ TUNED: dict[str, dict[str, tuple[float, float, int]]] = {
         "reverse": (0.03, 0.1, 10),
         "one_step": (0.1, 0.1, 10),
     },
-    "breastcancer": {  # with --evaluations 400
+    "breastcancer": {  # with --budget 400
         "penalty": (0.1, 0.3, 1),
         "penalty_no_pull": (0.1, 0.3, 1),
         "value": (0.1, 0.1, 1),

@@ -1,11 +1,10 @@
-"""The problem of ``tune_l2.py``: softmax regression with one L2 weight per feature.
+"""The problem of ``tune_l2``: softmax regression with one L2 weight per feature.
 
 Letters: u the log weights (d,), v the coefficients (d, k), n the rows of the training set.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +14,13 @@ import torch
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, issparse, vstack
 from scipy.sparse.linalg import svds
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from examples.data.newsgroups import newsgroups
 from examples.data.uci import uci
-from examples.shared.record import Line
 
-GLOBAL_WEIGHTS = 10.0 ** np.arange(-3, 3.5, 0.5)
+CPU = torch.device("cpu")
 
 
 class Pair:
@@ -63,22 +59,24 @@ class Linear(torch.autograd.Function):
 class Rows:
     """Samples: X (n, d), dense or sparse, and their classes (n,)."""
 
-    def __init__(self, values: Any, labels: np.ndarray, dtype: torch.dtype) -> None:
-        self.values, self.targets = values, labels
-        self.labels = torch.from_numpy(labels)
+    def __init__(
+        self, values: Any, labels: np.ndarray, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
+        self.values, self.targets, self.device = values, labels, device
+        self.labels = torch.from_numpy(labels).to(device)
         self._pair: Pair | None = None
         if issparse(values):
-            self._matrix = _as_csr(values, dtype)
-            self._pair = Pair(self._matrix, _as_csr(values.T, dtype))
+            self._matrix = _as_csr(values, dtype).to(device)
+            self._pair = Pair(self._matrix, _as_csr(values.T, dtype).to(device))
         else:
-            self._matrix = torch.from_numpy(values).to(dtype)
+            self._matrix = torch.from_numpy(values).to(device, dtype)
 
     @property
     def mean_squares(self) -> Tensor:
         """Mean of x_j^2 over the samples, (d,)."""
         squares = self.values.power(2) if issparse(self.values) else self.values**2
         mean = np.asarray(squares.mean(axis=0)).ravel()
-        return torch.from_numpy(mean).to(self._matrix.dtype)
+        return torch.from_numpy(mean).to(self.device, self._matrix.dtype)
 
     def outputs(self, v: Tensor) -> Tensor:
         """X v, (n, k)."""
@@ -98,7 +96,8 @@ class Rows:
         """These samples and those of ``other``."""
         stack = vstack if issparse(self.values) else np.concatenate
         labels = np.concatenate([self.targets, other.targets])
-        return Rows(stack([self.values, other.values]), labels, self._matrix.dtype)
+        values = stack([self.values, other.values])
+        return Rows(values, labels, self._matrix.dtype, self.device)
 
 
 def _as_csr(matrix: Any, dtype: torch.dtype) -> Tensor:
@@ -134,8 +133,9 @@ class Problem(NamedTuple):
 
     def start(self) -> tuple[Tensor, Tensor]:
         """U = 0 and v = 0."""
-        u = torch.zeros(self.features, dtype=self.dtype, requires_grad=True)
-        v = torch.zeros(self.features, self.classes, dtype=self.dtype, requires_grad=True)
+        like: Any = {"dtype": self.dtype, "device": self.train.device, "requires_grad": True}
+        u = torch.zeros(self.features, **like)
+        v = torch.zeros(self.features, self.classes, **like)
         return u, v
 
     def solved(self, u: Tensor, start: Tensor, rows: Rows | None = None) -> Tensor:
@@ -152,9 +152,9 @@ class Problem(NamedTuple):
             v = (scaled * unit).requires_grad_()
             loss = lower_loss(rows, u, v)
             (gradient,) = torch.autograd.grad(loss, v)
-            return loss.item(), (gradient * unit).double().numpy().ravel()
+            return loss.item(), (gradient * unit).double().cpu().numpy().ravel()
 
-        x0 = (start.detach() / unit).double().numpy().ravel()
+        x0 = (start.detach() / unit).double().cpu().numpy().ravel()
         # Losses are reported to 1e-4: two more digits, in float32's reach.
         options = {"maxiter": 1000, "gtol": 0.0, "ftol": 1e-7}
         best = minimize(value, x0, jac=True, method="L-BFGS-B", options=options).x
@@ -168,6 +168,7 @@ def make_problem(
     features: int,
     posts: int,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> Problem:
     """Split: of newsgroups ``posts`` training posts, halved, and its test posts; UCI in thirds.
 
@@ -177,14 +178,14 @@ def make_problem(
     if data == "newsgroups":
         rows, labels, test_rows, test_labels = _newsgroups(folder, features)
         first, second = np.array_split(generator.permutation(len(labels))[:posts], 2)
-        test = Rows(test_rows, test_labels, dtype)
+        test = Rows(test_rows, test_labels, dtype, device)
     else:
         rows, labels = uci(data, folder)
         first, second, third = np.array_split(generator.permutation(len(labels)), 3)
         scale = rows[first].std(axis=0)
         rows = (rows - rows[first].mean(axis=0)) / np.where(scale > 0, scale, 1.0)
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
-        test = Rows(rows[third], labels[third], dtype)
+        test = Rows(rows[third], labels[third], dtype, device)
     return assemble(rows, labels, first, second, test, dtype)
 
 
@@ -192,7 +193,9 @@ def assemble(
     rows: Any, labels: np.ndarray, first: Any, second: Any, test: Rows, dtype: torch.dtype
 ) -> Problem:
     """The problem whose training and validation rows are ``first`` and ``second``."""
-    train, validation = (Rows(rows[part], labels[part], dtype) for part in (first, second))
+    train, validation = (
+        Rows(rows[part], labels[part], dtype, test.device) for part in (first, second)
+    )
     largest = _largest_singular_value(rows[first])
     smoothness = largest**2 / (2 * len(first))
     sizes = rows.shape[1], int(labels.max()) + 1
@@ -213,33 +216,3 @@ def _newsgroups(folder: Path, features: int) -> Any:
     if (folder, features) not in _READ:
         _READ[folder, features] = newsgroups(folder, features)
     return _READ[folder, features]
-
-
-def one_weight(problem: Problem, weights: np.ndarray = GLOBAL_WEIGHTS) -> tuple[Tensor, Line]:
-    """Scikit-learn's softmax regression with one L2 weight, the best of a grid on validation.
-
-    Args:
-        problem: the data.
-        weights: exp(u), the same for every feature; 0 is no L2 at all.
-
-    Returns:
-        Its coefficients (d, k), and what ``tune_l2.py`` reports of a row.
-    """
-    began, found = time.process_time(), []
-    for weight in weights:
-        # scikit-learn minimises C * sum of losses + ||v||^2 / 2, and for two classes in place of
-        # v its difference of columns w: v = (-w, w) / 2 and ||v||^2 = ||w||^2 / 2.
-        size = problem.features * problem.classes * (2 if problem.classes == 2 else 1)
-        strength = np.inf if weight == 0 else size / (weight * len(problem.train.targets))
-        model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000, tol=1e-6)
-        with warnings.catch_warnings():  # without L2 there may be no minimiser to converge to
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(problem.train.values, problem.train.targets)
-        coefficients = model.coef_
-        if problem.classes == 2:
-            coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        v = torch.from_numpy(coefficients.T.copy()).to(problem.dtype)
-        found.append((problem.validation.loss(v).item(), float(weight), v))
-    loss, weight, v = min(found, key=lambda entry: entry[0])
-    row = {"validation": loss, "test": problem.test.accuracy(v), "weight": weight}
-    return v, row | {"seconds": time.process_time() - began}

@@ -63,17 +63,16 @@ SMALL = {
     "benchmarks.speed.overhead": "--rounds 1",
     "examples.denoise_digits": "--seeds 1 --steps 5 --output {}/picture.png",
     "examples.results": "--runs {}/runs --page {}/page.md",
+    "examples.synthetic": "--smoke --out {}/out",
 }
 ON_DATA = {
     "benchmarks.race": "--quick --methods 'penalty, value gap' "
     "--data {data}/mnist --output {}/runs.jsonl",
     "examples.data": "mnist uci --data-dir {data}",
     "examples.denoise": "--smoke --method all --data-dir {data} --out {}/out",
-    "examples.equilibrium_mnist": "--method penalty --seeds 1 --evaluations 20 --train 200 "
-    "--test 200 --folder {data}/mnist --record {}/runs.jsonl --output {}/picture.png",
-    "examples.few_shot": "--smoke --method penalty anil --out {}/out",
-    "examples.tune_l2": "--data newsgroups --method penalty --seeds 1 --evaluations 20 "
-    "--folder {data}/20newsgroups --record {}/runs.jsonl --output {}/picture.png",
+    "examples.equilibrium_mnist": "--smoke --method penalty --data-dir {data} --out {}/out",
+    "examples.few_shot": "--smoke --method penalty anil --data-dir {data} --out {}/out",
+    "examples.tune_l2": "--smoke --data-dir {data} --out {}/out",
 }
 
 

@@ -1,5 +1,6 @@
-"""The examples' problems against dense algebra, and the programs themselves, small."""
+"""``python -m examples.tune_l2``: its problem against dense algebra, and the program, small."""
 
+import json
 import math
 import sys
 
@@ -7,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from small_runs import ran, run_of
 
 from examples.equilibrium_mnist import __main__ as equilibrium_mnist
-from examples.equilibrium_mnist import problem as equilibrium
-from examples.equilibrium_mnist import rows as equilibrium_rows
+from examples.shared import run as shared_run
+from examples.shared.run import Run
 from examples.tune_l2 import __main__ as tune_l2
 from examples.tune_l2 import problem as l2
 from examples.tune_l2 import report as l2_report
+from examples.tune_l2 import rows as l2_rows
 from torch_penalty_bilevel import HypergradientOptimizer
 
 
@@ -125,7 +128,7 @@ class TestTuneL2:
     @pytest.mark.parametrize("sparse", [True, False])
     def test_one_weight_is_the_same_problem_in_scikit_learns_units(self, sparse):
         problem = l2_problem(sparse)
-        v, row = l2.one_weight(problem, np.array([2.0]))
+        v, row = l2_rows.one_weight(problem, np.array([2.0]))
         u = torch.full((problem.features,), math.log(2.0), dtype=torch.float64)
         solved = problem.solved(u, torch.zeros_like(v))
         assert row["weight"] == 2.0
@@ -137,18 +140,18 @@ class TestTuneL2:
         parts = np.arange(40), np.arange(40, 80)
         test = l2.Rows(X[80:], y[80:] % 2, torch.float64)
         problem = l2.assemble(X, y % 2, *parts, test, torch.float64)
-        v, _ = l2.one_weight(problem, np.array([2.0]))
+        v, _ = l2_rows.one_weight(problem, np.array([2.0]))
         u = torch.full((problem.features,), math.log(2.0), dtype=torch.float64)
         solved = problem.solved(u, torch.zeros_like(v))
         torch.testing.assert_close(v, solved, rtol=0, atol=2e-2 * float(solved.abs().max()))
 
     @pytest.mark.parametrize("method", tune_l2.METHODS)
-    def test_every_method_runs_and_improves_on_the_start(self, method):
-        problem, ticks = l2_problem(), []
+    def test_every_method_runs_and_improves_on_the_start(self, method, tmp_path):
+        problem = l2_problem()
         setting = {"method": method, "upper_lr": 0.1, "lower_lr": 0.1, "lower_steps": 10}
-        result = tune_l2.tune(problem, setting, 600, 3, ticks.append)
+        result = tune_l2.tune(problem, setting, 600, 3, run_of(method, tmp_path))
         first, last = result["path"][0], result["path"][-1]
-        assert sum(ticks) == last["evaluations"] >= 600
+        assert result["evaluations"] == last["evaluations"] >= 600
         assert first["evaluations"] == 0
         if method == "alternating":  # nothing to follow: u stays, v only is fitted
             assert last["resolved"] == pytest.approx(first["resolved"], abs=1e-4)
@@ -161,71 +164,33 @@ class TestTuneL2:
         assert l2_report.reached(path, 0.5, "seconds") == math.inf
 
 
-def equilibrium_problem():
-    source = torch.Generator().manual_seed(0)
-    images = torch.rand(12, 9, generator=source, dtype=torch.float64)
-    labels = torch.arange(12) % 10
-    p = equilibrium.make_parameters(0, 6, torch.float64, inputs=9)
-    return p, equilibrium.Problem(images, labels, images, labels)
+class Stopped(Exception):
+    pass
 
 
-class TestEquilibrium:
-    @pytest.mark.long
-    def test_the_three_hypergradients_are_that_of_implicit_differentiation_written_out(self):
-        p, problem = equilibrium_problem()
-        z = equilibrium.equilibrium(p, problem.images, 1e-14)
-        # Sample by sample: q = (I - D W)^{-T} grad_z f, D = diag(1 - z^2), and dPhi/dW = D z'.
-        q = torch.zeros_like(z)
-        scores = (z @ p["C"].T + p["c"]).softmax(1)
-        slope = (scores - torch.eye(10, dtype=torch.float64)[problem.labels]) @ p["C"] / len(z)
-        for i, state in enumerate(z):
-            D = torch.diag(1 - state**2)
-            identity = torch.eye(len(state), dtype=torch.float64)
-            q[i] = D @ torch.linalg.solve((identity - D @ p["W"]).T, slope[i])
-        expected = {"W": q.T @ z, "U": q.T @ problem.images, "b": q.sum(0)}
-        expected = torch.cat([value.detach().ravel() for value in expected.values()])
-        for method, vector in equilibrium_rows.hypergradients(p, problem).items():
-            # Each is solved to 1e-12; the contraction factor here is at most one half.
-            error = (vector[: len(expected)] - expected).norm() / expected.norm()
-            assert error < 1e-9, method
+@pytest.mark.parametrize("method", ["penalty", "cg"])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_run, "SAVE_EVERY", 0.0)
+    problem, calls, loss = l2_problem(), [], l2.lower_loss
+    setting = {"method": method, "upper_lr": 0.1, "lower_lr": 0.1, "lower_steps": 3}
+    whole = tune_l2.tune(problem, setting, 300, 4, run_of(method, tmp_path / "whole"))
 
-    def test_the_projection_is_the_nearest_matrix_of_the_ball(self):
-        generator = torch.Generator().manual_seed(0)
-        W = torch.randn(5, 5, generator=generator, dtype=torch.float64)
-        before = W.clone()
-        equilibrium.project(W, 0.9)
-        assert float(torch.linalg.matrix_norm(W, 2)) == pytest.approx(0.9, rel=1e-12)
-        # Nearest point of a convex set: <before - W, other - W> <= 0 for every other point; the
-        # worst one has the singular vectors of before - W, and the sum of its values as product.
-        away = before - W
-        worst = 0.9 * float(torch.linalg.svdvals(away).sum())
-        assert worst - float((away * W).sum()) == pytest.approx(0.0, abs=1e-12)
-        inside = 0.5 * W
-        kept = inside.clone()
-        equilibrium.project(inside, 0.9)
-        assert torch.equal(inside, kept)
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 60:
+            raise Stopped
+        return loss(*arguments)
 
-    @pytest.mark.parametrize("method", equilibrium_mnist.METHODS)
-    def test_training_lowers_the_loss_at_the_equilibrium(self, method):
-        problem = equilibrium_problem()[1]
-        small = problem._replace(images=problem.images.float(), test_images=problem.images.float())
-        pad = torch.zeros(12, 784 - 9)
-        images = torch.cat([small.images, pad], dim=1)
-        small = small._replace(images=images, test_images=images)
-        setting = {"method": method, "upper_lr": 0.03, "lower_steps": 3}
-        result = equilibrium_mnist.train(small, setting, 0, 6, 600, 3, lambda count: None)
-        # Chance is log 10 = 2.30; twelve samples with nine inputs can be learned by heart.
-        assert result["path"][0]["loss"] > 1.5
-        assert result["loss"] < 1.0
-        assert result["norm"] <= equilibrium.RADIUS + 1e-5
-
-
-def test_no_equilibrium_is_an_error():
-    p, problem = equilibrium_problem()
-    with torch.no_grad():
-        p["W"].mul_(-20)
-    with pytest.raises(RuntimeError, match="no equilibrium"):
-        equilibrium.equilibrium(p, problem.images)
+    monkeypatch.setattr(tune_l2, "lower_loss", stopping)
+    with pytest.raises(Stopped):
+        tune_l2.tune(problem, setting, 300, 4, run_of(method, tmp_path))
+    resumed = Run({"method": method, "seed": 0}, tmp_path, torch.device("cpu"), resume=True)
+    found = tune_l2.tune(problem, setting, 300, 4, resumed)
+    assert len(calls) > 60
+    for result in (whole, found):
+        for line in (result, *result["path"]):
+            line.pop("seconds")
+    assert found == whole
 
 
 @pytest.mark.parametrize("program", [tune_l2, equilibrium_mnist])
@@ -237,3 +202,25 @@ def test_help_names_the_command_and_the_grid(program, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert f"python -m {name}" in text
     assert str(program.GRID) in text
+
+
+def test_tune_l2_leaves_all_that_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_l2, "make_problem", lambda *sizes, device: l2_problem())
+    words = ["tune_l2"]
+    found = ran(tune_l2, words, tmp_path / "out", monkeypatch, capsys)
+    assert list(found) == ["one_weight", "no_l2", "penalty"]
+    assert found["one_weight"]["validation"] < found["no_l2"]["validation"]
+    path = found["penalty"]["path"]
+    assert path[-1]["resolved"] == found["penalty"]["validation"] < path[0]["resolved"]
+
+
+def test_knobs_are_tuned_on_a_seed_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune_l2, "make_problem", lambda *sizes, device: l2_problem())
+    words = ["tune_l2", "--tune", "--method", "penalty", "--smoke", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    tune_l2.main()
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert {run["run"]["seed"] for run in runs} == {tune_l2.TUNING_SEED}
+    assert len(runs) == 2 * 2 * 2
+    best = min(runs, key=lambda run: run["result"]["validation"])["run"]
+    assert f'"penalty": {tuple(best[name] for name in tune_l2.GRID)}' in capsys.readouterr().out

@@ -61,6 +61,27 @@ class TestRun:
         assert whole[-1] == list(range(20))
         assert not list(tmp_path.rglob("*.pt"))  # what is finished needs no checkpoint
 
+    @pytest.mark.parametrize("stop_at", [None, 4])
+    def test_until_a_budget_is_spent(self, tmp_path, stop_at):
+        """Steps cost 1, 2, 3, ...: those that begin below 20, none twice."""
+
+        def spend(resume, stop_at):
+            spent = [0]
+            for step in Run(LINE, tmp_path, CPU, resume).until(20, lambda: spent[0], spent):
+                if step == stop_at:
+                    raise Stopped
+                spent[0] += step + 1
+                taken.append(step)
+            return spent[0]
+
+        taken = []
+        if stop_at is not None:
+            with pytest.raises(Stopped):
+                spend(False, stop_at)
+        assert spend(True, None) == 1 + 2 + 3 + 4 + 5 + 6
+        assert taken == list(range(6))
+        assert not list(tmp_path.rglob("*.pt"))
+
     def test_without_resume_it_starts_anew(self, tmp_path):
         with pytest.raises(Stopped):
             train(tmp_path, False, 11)
@@ -103,20 +124,21 @@ class TestRun:
     def test_it_goes_on_until_the_clock_has_passed(self, tmp_path, monkeypatch):
         now, done = [0.0], []
         monkeypatch.setattr(run.time, "process_time", lambda: now[0])
-        for step in Run(LINE, tmp_path, CPU).until(10.0, done):
+        goes = Run(LINE, tmp_path, CPU)
+        for step in goes.until(10.0, lambda: goes.clock, done):
             if step == 3:
                 break
             done.append(step)
             now[0] += 2.0
         goes = Run(LINE, tmp_path, CPU, resume=True)
-        for step in goes.until(10.0, done):
-            assert goes.spent == 6.0 + 3.0 * (step - 3)
+        for step in goes.until(10.0, lambda: goes.clock, done):
+            assert goes.clock == 6.0 + 3.0 * (step - 3)
             with goes.paused():
                 now[0] += 100.0
             done.append(step)
             now[0] += 3.0
         assert done == [0, 1, 2, 3, 4]
-        assert goes.seconds == goes.spent == 12.0
+        assert goes.seconds == goes.clock == 12.0
         assert not list(tmp_path.rglob("*.pt"))
 
 

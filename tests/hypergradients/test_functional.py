@@ -138,10 +138,10 @@ def test_levels_that_do_not_see_each_other() -> None:
     ("options", "match"),
     [
         ({"method": "magic"}, "got 'magic'"),
-        ({"tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
+        ({"tolerance": 0.0}, "tolerance must be a finite number > 0, got 0.0"),
         ({"tolerance": math.nan}, "tolerance"),
         ({"max_iterations": 0}, "max_iterations must be an integer >= 1, got 0"),
-        ({"damping": -1.0}, "damping must be >= 0, got -1.0"),
+        ({"damping": -1.0}, "damping must be a finite number >= 0, got -1.0"),
         ({"damping": math.nan}, "damping"),
     ],
 )

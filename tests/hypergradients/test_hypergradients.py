@@ -175,7 +175,12 @@ def test_options_a_method_does_not_have_are_refused(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "error", "match"),
     [
-        ("neumann", {"step_size": 0.0}, ValueError, "step_size must be > 0, got 0.0"),
+        (
+            "neumann",
+            {"step_size": 0.0},
+            ValueError,
+            "step_size must be a finite number > 0, got 0.0",
+        ),
         ("neumann", {"step_size": math.inf}, ValueError, "step_size"),
         ("reverse", {"lower_steps": 0}, ValueError, "lower_steps must be an integer >= 1, got 0"),
         ("reverse", {"truncation": 1.5}, ValueError, "truncation must be an integer >= 1, got 1.5"),

@@ -161,5 +161,5 @@ def test_an_unfinished_run_does_not_win() -> None:
 
 def test_restarts_are_checked() -> None:
     f, g, u, v = quadratic_start()
-    with pytest.raises(ValueError, match="restarts must be >= 0"):
+    with pytest.raises(ValueError, match="restarts must be an integer >= 0"):
         minimize(f, g, u, v, restarts=-1)

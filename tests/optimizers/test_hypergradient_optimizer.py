@@ -207,7 +207,7 @@ def test_a_breakdown_of_the_solver_is_an_error() -> None:
         ({"lower_is_map": True, "curvature": "finite_difference"}, ValueError, "transposed"),
         ({"upper_constraint": Inequality(lambda: 0)}, ValueError, "projection"),
         ({"upper_constraint": Box(5, 6)}, ValueError, "starts outside"),
-        ({"damping": -1.0}, ValueError, "damping must be >= 0"),
+        ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0"),
     ],
 )
 def test_construction_errors(options: Any, error: type[Exception], match: str) -> None:

@@ -1,6 +1,7 @@
 """``lower_steps="auto"``: u waits until the certificate is small."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -82,32 +83,117 @@ def test_it_gives_up_at_the_most_lower_steps():
 
 def test_where_nothing_has_to_be_waited_for_a_step_is_one_evaluation():
     """The certificate of the evaluation before says that this one may serve u at once."""
-    run = Waiting(lower_steps="auto", certificate_tolerance=1e3, curvature="double_backward")
+    run = Waiting(lower_steps="auto", certificate_tolerance=0.999, curvature="double_backward")
     run.step()
     assert [run.step()[0] for _ in range(3)] == [1, 1, 1]
 
 
-def test_where_f_asks_for_nothing_there_is_nothing_to_wait_for():
-    """A multiplier of before is still there, and H q as far from 0 as it was."""
-    u, v = torch.ones(1, requires_grad=True), torch.ones(2, requires_grad=True)
-    optimizer = PenaltyBilevelOptimizer([u], [v], lower_steps="auto", curvature="double_backward")
-    calls, active = 0, 1.0
+def switched(**options):
+    """f is a square, g an ill-conditioned one; (u, optimizer, step), step(on) counts g's calls."""
+    scales, calls, active = torch.logspace(-2.5, 0, 6), 0, True
+    u, v = torch.zeros(6, requires_grad=True), torch.zeros(6, requires_grad=True)
+    optimizer = PenaltyBilevelOptimizer(
+        [u], [v], upper_lr=0.01, lower_lr=0.01, curvature="double_backward", **options
+    )
+
+    def f():
+        return (v - 3).square().sum() / 2 if active else (v * 0).sum()
 
     def g():
         nonlocal calls
         calls += 1
-        return (torch.tensor([1.0, 1e-3]) * (v - u).square()).sum()
+        return (scales * (v - u).square()).sum() / 2
 
-    def f():
-        return (u**2).sum() + active * v.sum()
+    def step(on):
+        nonlocal calls, active
+        calls, active = 0, on
+        optimizer.step(f, g)
+        return calls
 
-    for _ in range(5):
-        optimizer.step(f, g)
-    calls, active = 0, 0.0
-    for _ in range(5):
-        optimizer.step(f, g)
-    assert optimizer.adjoint[0].any()
-    assert calls <= 6
+    return u, optimizer, step
+
+
+def test_where_f_goes_silent_u_waits_for_the_multiplier_to_go():
+    """grad_v f = 0, so the hypergradient is 0, and q of before would give it 6.7 here.
+
+    ||J q|| = ||H q|| as J = -H, so the certificate bounds it; once it is small it stays small, and
+    a silence costs one evaluation per step.
+    """
+    _, optimizer, step = switched(lower_steps="auto", max_lower_steps=500)
+    for _ in range(30):
+        step(True)
+    asked = float((parameters(optimizer.lower)[0].detach() - 3).norm())
+    assert 1 < step(False) < 30
+    assert float(optimizer.metrics.upper_grad_norm) < 0.05 * 1.01 * asked
+    found = float(optimizer.metrics.adjoint_residual_norm)
+    assert found > 0  # small will do
+    assert float(optimizer.metrics.relative_certificate) == pytest.approx(found / asked, rel=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the hypergradient is zero
+        assert [step(False) for _ in range(200)] == [1] * 200
+    assert float(optimizer.metrics.relative_certificate) < 1e-6
+    step(True)
+    assert float(optimizer.metrics.relative_certificate) <= 0.05
+
+
+def test_what_f_last_asked_for_outlives_a_checkpoint():
+    """Else a resumed run would wait for another multiplier."""
+    _, whole, step = switched(lower_steps="auto", max_lower_steps=500)
+    for _ in range(30):
+        step(True)
+    _, fresh, resumed = switched(lower_steps="auto", max_lower_steps=500)
+    for a, b in zip(parameters(whole), parameters(fresh), strict=True):
+        b.data.copy_(a)
+    fresh.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert whole._counts["slope"] > 1
+    step(False)
+    resumed(False)
+    assert fresh.metrics.relative_certificate == whole.metrics.relative_certificate
+
+
+def parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_a_warm_up_knows_silence_too():
+    """u moves while q has nothing to go back from, and waits where it has."""
+    u, optimizer, step = switched(warmup_steps=1000)
+    step(False)
+    assert float(optimizer.metrics.relative_certificate) == 0.0
+    assert optimizer._counts["warmup_left"] == 999
+    before = u.detach().clone()
+    while optimizer._counts["warmup_left"]:
+        assert torch.equal(u, before)
+        before = u.detach().clone()
+        step(True)
+    assert not torch.equal(u, before)  # in the very step that finds q ready
+    u, optimizer, step = switched(warmup_steps=1000)
+    for _ in range(3):
+        step(True)
+    assert optimizer._counts["warmup_left"]
+    before = u.detach().clone()
+    step(False)
+    assert float(optimizer.metrics.adjoint_residual_norm) > 0
+    rough = float(optimizer.metrics.relative_certificate) > 0.5
+    assert torch.equal(u, before) == rough
+
+
+@pytest.mark.parametrize("name", ["lower_steps", "max_lower_steps"])
+@pytest.mark.parametrize("value", [0, -3, 1.5, True, None])
+def test_options_set_later_are_checked_as_well(name, value):
+    """Steps that are counted down to 0 would never end."""
+    _, optimizer, step = switched(lower_steps="auto", max_lower_steps=5)
+    with pytest.raises(ValueError, match=rf"^{name} must be an integer >= 1, got {value}"):
+        setattr(optimizer, name, value)
+    assert step(True)
+    optimizer.lower_steps = 3
+    assert step(True) == 3
+
+
+def test_a_warm_up_cannot_be_asked_for_later():
+    _, optimizer, _ = switched()
+    with pytest.raises(AttributeError, match="warmup_steps is read at construction"):
+        optimizer.warmup_steps = 10
 
 
 @pytest.mark.parametrize("penalty", ["stationarity", "paper", "value"])
@@ -132,7 +218,10 @@ def test_a_resumed_run_is_bit_equal(penalty):
     [
         ({"lower_steps": "often"}, "must be an integer >= 1 or \"auto\", got 'often'"),
         ({"lower_steps": 0}, "must be an integer >= 1, got 0"),
-        ({"lower_steps": "auto", "certificate_tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
+        (
+            {"lower_steps": "auto", "certificate_tolerance": 0.0},
+            r"tolerance must lie in \(0, 1\), got 0.0; q = 0",
+        ),
         ({"lower_steps": "auto", "max_lower_steps": 0}, "max_lower_steps must be an integer >= 1"),
     ],
 )

@@ -78,9 +78,9 @@ def test_relative_weight_does_not_see_units(scale_f, scale_g):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight": 0}, "weight must be > 0, got 0"),
-        ({"weight": math.inf}, "weight must be > 0, got inf"),
-        ({"growth": -1}, "growth must be >= 0, got -1"),
+        ({"weight": 0}, "weight must be a finite number > 0, got 0"),
+        ({"weight": math.inf}, "weight must be a finite number > 0, got inf"),
+        ({"growth": -1}, "growth must be a finite number >= 0, got -1"),
     ],
 )
 def test_value_option_errors(arguments, message):

@@ -6,12 +6,12 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_count
+from ..arguments import check_count, checked_number
 from ..curvature import Automatic, Curvature, FiniteDifference, Loss
 from ..errors import AdjointError, BilevelWarning
 from ..evaluation import Evaluation, measure
@@ -41,16 +41,15 @@ class CheckOptions(NamedTuple):
 
     def checked(self) -> CheckOptions:
         """These options; raises for values out of range."""
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise ValueError(
-                f"tolerance must lie in (0, 1), got {self.tolerance}; it bounds "
-                "||H q + grad_v f|| / ||grad_v f||"
-            )
+        if self.tolerance is not None:
+            bounded = "it bounds ||H q + grad_v f|| / ||grad_v f||"
+            checked_number("tolerance", self.tolerance, "lie in (0, 1)", bounded)
         if self.max_iterations is not None:
             check_count("max_iterations", self.max_iterations, at_least=1)
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"damping must be a finite number >= 0, got {self.damping}")
-        if self.resolve not in (None, True, False):
+        exact = "0 solves the equation itself"
+        checked_number("damping", self.damping, "be a finite number >= 0", exact)
+        resolve: Any = self.resolve
+        if resolve is not None and not isinstance(resolve, bool):
             raise ValueError(f"resolve must be True, False or None, got {self.resolve!r}")
         return self
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..arguments import Number, checked_truth
 from .faces import Face, check_dense
-from .inequality import is_number
 from .projection import Projection
 
 
@@ -24,13 +22,11 @@ class Ball(Projection):
         tensor([3., 4.])
     """
 
+    radius = Number("be a finite number > 0", "to fix x at 0 freeze it")
+
     def __init__(self, radius: float, rows: bool = False) -> None:
-        if not is_number(radius) or not 0 < radius < math.inf:
-            raise ValueError(
-                f"radius must be a finite number > 0, got {radius!r}; to fix x at 0 freeze it"
-            )
-        self.radius = float(radius)
-        self.rows = rows
+        self.radius = radius
+        self.rows = checked_truth("rows", rows)
 
     def project(self, point: Tensor) -> Tensor:
         """Scaled down to the radius where longer."""

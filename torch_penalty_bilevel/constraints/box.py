@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ class Box(Projection):
     """
 
     def __init__(self, low: float | Tensor, high: float | Tensor) -> None:
-        self.low = torch.as_tensor(low).detach()
-        self.high = torch.as_tensor(high).detach()
+        self.low, self.high = _bound("low", low), _bound("high", high)
         if not bool((self.low <= self.high).all()):  # also catches NaN
             raise ValueError(f"Box needs low <= high, got low={low!r} and high={high!r}")
 
@@ -60,6 +60,18 @@ class Box(Projection):
         """Low - x and x - high, where finite."""
         low, high = self._bounds(point)
         return torch.cat([(low - point)[low.isfinite()], (point - high)[high.isfinite()]])
+
+
+def _bound(name: str, value: Any) -> Tensor:
+    try:
+        bound = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
+        bound = torch.zeros((), dtype=torch.complex64)
+    if bound.is_complex():
+        raise TypeError(
+            f"{name} must be a number or a real tensor, got {value!r}; leave a side open by inf"
+        )
+    return bound
 
 
 class NonNegative(Box):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from ..arguments import Number
 from ..tensors import Tensors
 
 
@@ -47,22 +47,17 @@ class Inequality:
         rate: kappa in (0, 1], the share of the multiplier's correction taken per step.
     """
 
+    weight = Number("be a finite number > 0", "without it h is ignored")
+    rate = Number("lie in (0, 1]", "at 0 the multiplier would never move")
+
     def __init__(
         self, closure: Callable[..., Tensor], weight: float = 1.0, rate: float = 0.1
     ) -> None:
         if not callable(closure):
             raise TypeError(f"closure must be callable and return h, got {closure!r}")
-        if not is_number(weight) or not 0 < weight < math.inf:
-            raise ValueError(
-                f"weight must be a finite number > 0, got {weight!r}; without it h is ignored"
-            )
-        if not is_number(rate) or not 0 < rate <= 1:
-            raise ValueError(
-                f"rate must lie in (0, 1], got {rate!r}; at 0 the multiplier would never move"
-            )
         self.closure = closure
-        self.weight = float(weight)
-        self.rate = float(rate)
+        self.weight = weight
+        self.rate = rate
 
 
 class LowerPoint(NamedTuple):
@@ -83,8 +78,3 @@ class LowerPoint(NamedTuple):
     def row(self) -> Tensors:
         """All in one, as engines and rules take it."""
         return self.parameters + self.multipliers
-
-
-def is_number(value: Any) -> bool:
-    """Not a bool, a string or a tensor."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
+from ..arguments import checked_number, checked_truth
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm, scale
 from ..undo.in_place import restored
 from ..undo.random_state import RandomState
@@ -65,13 +66,11 @@ class FiniteDifference(Curvature):
     name = "finite_difference"
 
     def __init__(self, relative_step: float | None = None, central: bool | None = None) -> None:
-        if relative_step is not None and not 0 < relative_step < 1:
-            raise ValueError(
-                f"relative_step must lie in (0, 1), got {relative_step}; it is the length of the "
-                "shift relative to ||v||, e.g. 1e-4 in float32"
-            )
+        if relative_step is not None:
+            length = "it is the length of the shift relative to ||v||, e.g. 1e-4 in float32"
+            relative_step = checked_number("relative_step", relative_step, "lie in (0, 1)", length)
         self.relative_step = relative_step
-        self.central = central
+        self.central = None if central is None else checked_truth("central", central)
         self._is_central = bool(central)
         self.renew()
 

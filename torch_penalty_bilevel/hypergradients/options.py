@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
-from ..arguments import check_count
+from ..arguments import check_count, checked_number
 from ..linear_solve import MakeOptimizer
 from ..tensors import Tensors
 
@@ -63,9 +63,10 @@ def check_options(method: str, options: MethodOptions) -> None:
                 f"{name}={value!r} has no effect with method={method!r}, whose options are "
                 f"{sorted(OPTIONS_OF[method])}"
             )
-    for name in ("tolerance", "step_size"):
-        _check(name, given[name], "> 0", lambda value: 0 < value < float("inf"))
-    _check("damping", given["damping"], ">= 0", lambda value: 0 <= value < float("inf"))
+    for name, bound in (("tolerance", "> 0"), ("step_size", "> 0"), ("damping", ">= 0")):
+        if given[name] is not None:
+            must = f"be a finite number {bound}"
+            checked_number(name, given[name], must, "None lets the method decide")
     for name in ("max_iterations", "lower_steps", "truncation", "samples"):
         if given[name] is not None:
             check_count(name, given[name], at_least=1)
@@ -105,7 +106,8 @@ def check_loop(
             f"inner_iterations={inner_iterations!r} has no effect with method={method!r}, which "
             "does not iterate"
         )
-    if warm_start not in (True, False, "lower", "adjoint"):
+    named = isinstance(warm_start, str) and warm_start in ("lower", "adjoint")
+    if not isinstance(warm_start, bool) and not named:
         raise ValueError(
             f'warm_start must be True, False, "lower" or "adjoint", got {warm_start!r}'
         )
@@ -121,8 +123,3 @@ def count_at(name: str, count: Count, number: int) -> int:
     value: Any = count(number) if callable(count) else count
     check_count(name, value, at_least=1)
     return value
-
-
-def _check(name: str, value: Any, bound: str, holds: Any) -> None:
-    if value is not None and not holds(value):
-        raise ValueError(f"{name} must be {bound}, got {value}")

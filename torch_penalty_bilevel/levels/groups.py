@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..arguments import checked_number
 from .aliasing import overlapping
 from .joined import Together, parts
 
@@ -162,9 +163,8 @@ def _as_list(argument: Any, level: Level) -> list[Any]:
 def _checked_lr(lr: Any, level: Level, default: float) -> float:
     if lr is None:
         return default
-    if not isinstance(lr, (int, float)) or not 0 <= lr < float("inf"):
-        raise ValueError(f"{level}_lr must be a finite number >= 0, got {lr!r}")
-    return float(lr)
+    remedy = "at 0 the level stands still"
+    return checked_number(f"{level}_lr", lr, "be a finite number >= 0", remedy)
 
 
 def _check_rule(optimizer: Optimizer, level: Level) -> None:

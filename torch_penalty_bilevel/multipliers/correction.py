@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..arguments import checked_truth
 from ..evaluation import Norms, Subspace
 from ..tensors import Tensors
 from . import lower_correction
@@ -11,10 +14,11 @@ from .forecast import expecting, judged
 from .least_squares_state import FollowedState, SubspaceState
 
 
-def check_asked(correct_lower: bool, subspace: bool | None, has_units: bool) -> None:
+def check_asked(correct_lower: Any, subspace: Any, has_units: bool) -> None:
     """Raise ValueError where options of a rule exclude each other, TypeError for no truth value."""
-    if correct_lower not in (True, False):
-        raise TypeError(f"correct_lower must be True or False, got {correct_lower!r}")
+    checked_truth("correct_lower", correct_lower)
+    if subspace is not None and not isinstance(subspace, bool):
+        raise TypeError(f"subspace must be True, False or None, got {subspace!r}")
     if correct_lower and subspace is False:
         raise ValueError(
             "correct_lower=True uses what the multiplier's correction knows of H, and "

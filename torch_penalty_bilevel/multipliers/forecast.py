@@ -3,7 +3,9 @@ r"""How far the correction of the multiplier is trusted: what it forecasts again
 Letters as in ``subspace.py``. With the images w_i at hand it is known what B'a should be at the
 next evaluation if the system stood still. N and D are averages over about ten lower steps of the
 squared error of that forecast and of the squared B'a before it, both in the span that is still
-remembered and over ||a_before||^2 + ||a_now||^2, so that no change of units outlives them:
+remembered and over ||a_before||^2 + ||a_now||^2, so that no change of units outlives them. One
+error counts 2 at most, what a forecast no longer than a_before can miss by: the images of one odd
+batch may forecast 1e11, and no average forgets that in ten steps.
 
 .. math:: \text{gain} = \max(0, 1 - N / D)
 
@@ -24,6 +26,8 @@ _MEMORY = 0.9
 # the first steps of a noisy run throw nu far out along flat directions, from where it needs
 # thousands of steps back (MNIST hyper-cleaning: 0.9 to 1.5 points of accuracy).
 _DOUBT = 0.3
+# ||x - y||^2 <= 2 (||x||^2 + ||y||^2).
+WORST = 2.0
 # Where the gain stays below 5 % (batches), the correction is tried in 10 lower steps of 100 only:
 # the inner products would cost a tenth to a third of a step for nothing.
 _WORTH, _PATIENCE, _TRIAL, _TRIAL_EVERY = 0.05, 20, 10, 100
@@ -75,7 +79,7 @@ def judged(forecast: Forecast, products: Products) -> Forecast:
     missing = first - forecast.along_multiplier, second - forecast.along_move
     error = in_last_span(products, *missing)
     before = in_last_span(products, forecast.along_multiplier_before, forecast.along_move_before)
-    missed = average(forecast.missed, error / unit, _MEMORY)
+    missed = average(forecast.missed, min(error / unit, WORST), _MEMORY)
     at_stake = average(forecast.at_stake, before / unit, _MEMORY)
     gain = max(0.0, 1.0 - missed / at_stake) if at_stake > 0 else 0.0
     idle = 0 if gain > _WORTH else forecast.idle + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 
+from ..arguments import Fixed, Number
 from ..evaluation import Evaluation, Norms, Subspace
 from ..tensors import Tensors, axpy, norm, scale, zeros_for
 from . import lower_correction
@@ -99,6 +100,11 @@ class LeastSquares(MultiplierRule):
 
     shares_evaluation = True
 
+    damping = Number("be a finite number > 0", "it makes v follow g")
+    share = Number("be a finite number >= 0", "0 switches the pull off")
+    ridge = Number("be a finite number >= 0", "0 gives the exact adjoint")
+    subspace, correct_lower, preconditioner = Fixed(), Fixed(), Fixed()
+
     # Measured on SMD20-24 (benchmarks/smd.py): forgetting L faster, or probing only at the start,
     # lets it sink below the true curvature on the rank-deficient problems.
     _CURVATURE_MEMORY = 0.999
@@ -120,22 +126,16 @@ class LeastSquares(MultiplierRule):
         correct_lower: bool = False,
         preconditioner: Preconditioner | None = None,
     ) -> None:
-        if not 0 < damping < math.inf:
-            raise ValueError(f"damping must be > 0, got {damping}; it makes v follow g")
-        if not 0 <= share < math.inf:
-            raise ValueError(f"share must be >= 0, got {share}; 0 switches the pull off")
-        if not 0 <= ridge < math.inf:
-            raise ValueError(f"ridge must be >= 0, got {ridge}; 0 gives the exact adjoint")
-        if subspace not in (None, True, False):
-            raise TypeError(f"subspace must be True, False or None, got {subspace!r}")
-        self.damping = damping
-        self.share = share
-        self.ridge = ridge
+        self.damping, self.share, self.ridge = damping, share, ridge
         check_asked(correct_lower, subspace, preconditioner is not None)
         self.subspace = True if correct_lower else subspace
         self.correct_lower = correct_lower
         self.preconditioner = preconditioner
-        self._units = Units.of(preconditioner, ridge)
+        Units.of(preconditioner, self.ridge)
+
+    @property
+    def _units(self) -> Units | None:
+        return Units.of(self.preconditioner, self.ridge)  # the ridge may have changed
 
     def for_maps(self) -> LeastSquares:
         """With L >= 1, and no correction, whose forecasts need a symmetric H."""
@@ -145,7 +145,7 @@ class LeastSquares(MultiplierRule):
                 "away where the lower closure returns a map, which may take such steps itself"
             )
         rule = copy.copy(self)
-        rule._least_curvature, rule.subspace = 1.0, False
+        vars(rule).update(_least_curvature=1.0, subspace=False)
         return rule
 
     def start(self, lower: Tensors) -> LeastSquaresState:
@@ -173,9 +173,9 @@ class LeastSquares(MultiplierRule):
         return due or not state.is_backed()
 
     def probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:
-        if self._units is not None:
-            lowered = self._units.lowered
-            return self._units.direction(self._probe(state, lowered(residual), lowered(slope)))
+        if (units := self._units) is not None:
+            driving = units.driving(residual), units.driving(slope)
+            return units.direction(self._probe(state, *driving))
         return self._probe(state, residual, slope)
 
     def _probe(self, state: LeastSquaresState, residual: Tensors, slope: Tensors) -> Tensors:

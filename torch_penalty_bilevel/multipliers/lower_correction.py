@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from ..evaluation import Evaluation, Norms
 from ..tensors import cast_like, combination, sum_of
 from .averages import average, ratio
-from .forecast import in_last_span, of_last_span
+from .forecast import WORST, in_last_span, of_last_span
 from .protocol import Jump
 from .small_matrices import inner, times
 from .subspace import Products, conjugate, descended, seen
@@ -84,7 +84,7 @@ def judged(trust: LowerTrust, products: Products) -> LowerTrust:
     old = trust.along_multiplier_of_lower, trust.along_move_of_lower
     error = in_last_span(products, first - old[0], second - old[1])
     square = in_last_span(products, *old)
-    missed = average(trust.lower_missed, error / unit, _MEMORY)
+    missed = average(trust.lower_missed, min(error / unit, WORST), _MEMORY)
     at_stake = average(trust.lower_at_stake, square / unit, _MEMORY)
     return replace(
         trust,

@@ -16,7 +16,9 @@ adds mu P to H in the place of mu I.
 P may change between lower steps, slowly or now and then, never within one. nu itself is kept, so
 the plain step knows nothing of it; the correction looks back over the change by two steps, and
 its forecasts tell what that is worth.
-A checkpoint does not hold P: give the same one to the rule that goes on.
+A checkpoint does not hold P: give the same one to the rule that goes on. In float32 an
+ill-conditioned P limits what the certificate reaches: about the rounding, 1e-7, times the condition
+number of P^1/2, 1e5 where that of P is 1e10.
 
 Where the unknowns have the scales of raw columns, the diagonal of H is all that is needed:
 
@@ -59,7 +61,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..evaluation import Evaluation, Norms, Subspace
-from ..tensors import Tensors, dense, gram, norm
+from ..tensors import Tensors, axpy, clones, dense, gram, norm
 from .least_squares_state import LeastSquaresState
 
 Preconditioner: TypeAlias = Callable[[Tensors, float], Tensors]
@@ -67,10 +69,16 @@ Preconditioner: TypeAlias = Callable[[Tensors, float], Tensors]
 
 _MISFIT = 0.01
 """Of ||P^1/2 q|| ||P^-1/2 H q||: far above rounding, also of factors that are badly conditioned."""
+_LOST = 0.1
+"""Of a vector on its way there and back: rounding in float32 is 1e-2 of it where P has condition
+1e10, as every entry is that of its inverse times the largest."""
+_PAIR = (
+    "preconditioner(vectors, 0.5) and preconditioner(vectors, -0.5) do not belong to one symmetric"
+)
+_REMEDY = "keep its diagonal or its eigenvalues above zero, as by a damping"
 _NOT_POSITIVE = (
     "preconditioner(vectors, power) returned numbers that are not finite, or whose squares are "
-    "not; P must be symmetric positive definite: keep its diagonal or its eigenvalues above zero, "
-    "as by a damping"
+    f"not; P must be symmetric positive definite: {_REMEDY}"
 )
 
 
@@ -116,9 +124,29 @@ class Units:
 
     def direction(self, inside: Tensors) -> Tensors:
         """P^-1/2 times a direction in these units, along which the curvature is probed."""
-        result = self.lowered(inside)
+        return self._there(inside)
+
+    def driving(self, vectors: Tensors) -> Tensors:
+        """P^-1/2 times r or grad_v f, in steps that probe.
+
+        Raises:
+            ValueError: P^1/2 does not lead back: where P takes a part of them to zero the
+                multiplier never has one.
+        """
+        result, whole = self._there(vectors), float(norm(vectors))
+        lost = float(norm(axpy(-1.0, self.raised(result), tuple(map(dense, vectors)))))
+        if lost > _LOST * whole:
+            raise ValueError(
+                f"{_PAIR} positive definite P: of a vector of length {whole:.3g}, {lost:.3g} is "
+                "lost on the way there and back; return P^power times the vectors, and "
+                f"{_REMEDY}"
+            )
+        return result
+
+    def _there(self, vectors: Tensors) -> Tensors:
+        result = self.lowered(vectors)
         # One more wait for the device, in steps that probe: else the product would be blamed.
-        if not math.isfinite(float(norm(result))):
+        if not math.isfinite(float(norm(result))) and math.isfinite(float(norm(vectors))):
             raise ValueError(_NOT_POSITIVE)
         return result
 
@@ -173,8 +201,7 @@ class Units:
         # <P^1/2 q, P^-1/2 H q> = <q, H q>, whatever P is.
         if abs(found - norms.curvature) > _MISFIT * adjoint * product:
             raise ValueError(
-                "preconditioner(vectors, 0.5) and preconditioner(vectors, -0.5) do not belong to "
-                f"one symmetric P: <q, H q> is {norms.curvature:.3g} and "
+                f"{_PAIR} P: <q, H q> is {norms.curvature:.3g} and "
                 f"<P^1/2 q, P^-1/2 H q> is {found:.3g}; return P^power times the vectors, "
                 "with the same P throughout a lower step"
             )
@@ -182,7 +209,9 @@ class Units:
 
     @torch.no_grad()
     def _times(self, vectors: Tensors, power: float) -> Tensors:
-        given = tuple(map(dense, vectors))
+        # Copies, as it may work in place, on tensors that are the state; and of what it returns,
+        # as that may be one buffer in every call.
+        given = clones(tuple(map(dense, vectors)))
         result: Any = self.preconditioner(given, power)
         if not isinstance(result, (tuple, list)):
             raise TypeError(
@@ -197,7 +226,28 @@ class Units:
                 f"{expected}; return P^power times the vectors, one tensor for each lower "
                 "parameter that moves"
             )
-        return tuple(t.detach().to(v) for t, v in zip(result, given, strict=True))
+        for tensor, vector in zip(result, given, strict=True):
+            _check(tensor, vector.dtype)
+        pairs = zip(result, given, strict=True)
+        return tuple(t.detach().to(v, copy=t is not v) for t, v in pairs)
+
+
+def _check(tensor: Any, dtype: torch.dtype) -> None:
+    """Raise TypeError unless a preconditioner may return it for a vector of this dtype."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"preconditioner returned a tuple with {type(tensor).__name__} in it; return tensors, "
+            "P^power times the vectors"
+        )
+    if tensor.layout != torch.strided or torch.promote_types(tensor.dtype, dtype) != tensor.dtype:
+        raise TypeError(
+            f"preconditioner returned a tensor of {tensor.dtype}, {tensor.layout} for a vector of "
+            f"{dtype}; the multiplier would be rounded to that: return a dense one of {dtype}"
+        )
+    if tensor.is_complex():
+        raise TypeError(
+            f"preconditioner returned a tensor of {tensor.dtype} for a real vector; P is real"
+        )
 
 
 def resting(vectors: tuple[Tensors, ...]) -> Subspace:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..arguments import Number
 from ..evaluation import Evaluation, Norms
 from ..tensors import Tensors, axpy, norm
 from .protocol import MultiplierRule
@@ -64,6 +65,12 @@ class EpsilonTest(MultiplierRule):
 
     shares_evaluation = False
 
+    weight = Number("be a finite number > 0", "without it nothing penalises r")
+    damping = Number("be a finite number >= 0", "0 leaves g out of the lower direction")
+    tolerance = Number("be a finite number > 0", "at 0 the multiplier never moves")
+    growth = Number("be a finite number >= 1", "the weight may not shrink; 1 leaves it alone")
+    decay = Number("lie in (0, 1]", "1 leaves damping and tolerance alone")
+
     def __init__(
         self,
         weight: float = 1e-2,
@@ -72,16 +79,6 @@ class EpsilonTest(MultiplierRule):
         growth: float = 1.1,
         decay: float = 0.9,
     ) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight must be > 0, got {weight}; without it nothing penalises r")
-        if not damping >= 0:
-            raise ValueError(f"damping must be >= 0, got {damping}")
-        if not tolerance > 0:
-            raise ValueError(f"tolerance must be > 0, got {tolerance}; the multiplier never moves")
-        if not growth >= 1:
-            raise ValueError(f"growth must be >= 1, got {growth}; the weight may not shrink")
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay must lie in (0, 1], got {decay}")
         self.weight = weight
         self.damping = damping
         self.tolerance = tolerance

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, checked_number
 from ..errors import NondeterministicClosureError
 from .barrier import ConstraintValues, as_list
 from .counted_losses import CountedLosses, PureLoss
@@ -104,12 +105,10 @@ def _check(
     for name, value in (("upper_loss", f), ("lower_loss", g), ("callback", callback or _check)):
         if not callable(value):
             raise TypeError(f"{name} must be callable, got {value!r}")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
-    if not max_evaluations >= 1:
-        raise ValueError(f"max_evaluations must be >= 1, got {max_evaluations}")
-    if not restarts >= 0:
-        raise ValueError(f"restarts must be >= 0, got {restarts}")
+    relative = "it bounds the hypergradient's norm over ||grad_u f|| + ||J q||"
+    checked_number("tolerance", tolerance, "lie in (0, 1)", relative)
+    check_count("max_evaluations", max_evaluations, at_least=1)
+    check_count("restarts", restarts, at_least=0)
 
 
 def _check_deterministic(task: Task) -> None:

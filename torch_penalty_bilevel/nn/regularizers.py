@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from ..constraints.inequality import is_number
+from ..arguments import checked_number
 
 Term: TypeAlias = Callable[[tuple[Tensor, ...]], Tensor]
 """Of the tensors to be regularised, 0-d; differentiable twice."""
@@ -100,11 +100,8 @@ class Regularizers(nn.Module):
         self._terms = {name: _ready(term) for name, term in given}
         if not given or len(self._terms) < len(given):
             raise ValueError(f"terms must have one or more names, each once, got {terms!r}")
-        if not is_number(initial) or not 0 < initial < math.inf:
-            raise ValueError(
-                f"initial must be a finite number > 0, got {initial!r}; on the log scale no step "
-                "leads away from 0"
-            )
+        must, remedy = "be a finite number > 0", "on the log scale no step leads away from 0"
+        initial = checked_number("initial", initial, must, remedy)
         self.log_strengths = nn.Parameter(
             torch.full((len(given),), math.log(initial), dtype=dtype, device=device)
         )

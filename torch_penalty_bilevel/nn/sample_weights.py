@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count
-from ..constraints.inequality import is_number
+from ..arguments import check_count, is_number
 
 
 class SampleWeights(nn.Module):

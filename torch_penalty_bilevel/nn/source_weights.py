@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count
-from ..constraints.inequality import is_number
+from ..arguments import check_count, is_number
 
 _NEWTON = 32
 """Steps at most: the distance to a root near the uniform distribution halves, elsewhere it

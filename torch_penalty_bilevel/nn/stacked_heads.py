@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count
-from ..constraints.inequality import is_number
+from ..arguments import check_count, checked_number
 
 
 class StackedHeads(nn.Module):
@@ -73,8 +70,7 @@ class StackedHeads(nn.Module):
         for name, count in counts.items():
             check_count(name, count, at_least=1)
         for name, number in (("scale", scale), ("augmentation", augmentation)):
-            if not is_number(number) or not 0 < number < math.inf:
-                raise ValueError(f"{name} must be a finite number > 0, got {number!r}")
+            checked_number(name, number, "be a finite number > 0", "published: 10 and 1e-3")
         if cosine and not bias:
             raise ValueError(
                 "cosine=True needs bias=True: b_k is an entry of the lengthened weight"

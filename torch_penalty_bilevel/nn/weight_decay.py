@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..constraints.inequality import is_number
+from ..arguments import checked_number
 
 Per = Literal["tensor", "feature", "element"]
 
@@ -70,11 +70,8 @@ class WeightDecay(nn.Module):
         super().__init__()
         if per not in get_args(Per):
             raise ValueError(f"per must be one of {sorted(get_args(Per))}, got {per!r}")
-        if not is_number(initial) or not 0 < initial < math.inf:
-            raise ValueError(
-                f"initial must be a finite number > 0, got {initial!r}; on the log scale no step "
-                "leads away from 0"
-            )
+        must, remedy = "be a finite number > 0", "on the log scale no step leads away from 0"
+        initial = checked_number("initial", initial, must, remedy)
         self.per: Per = per
         # In tuples, which a module does not look into: these are not submodules and parameters.
         self._model: tuple[nn.Module, ...] = ()

@@ -15,6 +15,7 @@ from .. import levels
 from ..adapters import closures, own_parts
 from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import Constraint, upper_projection
+from ..arguments import checked_truth
 from ..checks import self_check
 from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch
@@ -163,11 +164,11 @@ class HypergradientOptimizer(RemembersAdjoint):
         self.lower_steps = lower_steps
         self.inner_iterations = 10 if inner_iterations is None else inner_iterations
         self.warm_start = warm_start
-        self.lower_is_map = bool(lower_is_map)
+        self.lower_is_map = checked_truth("lower_is_map", lower_is_map)
         self.curvature = engines.resolve(curvature)
         own_parts.check_engine(self.curvature)
         self.reduce: Reduce = reduce or one_worker
-        self.allow_unused = bool(allow_unused)
+        self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._restriction = upper_projection(upper_constraint, self.upper)
         self.metrics = Metrics.unknown()
         self._adjoint = zeros_for(levels.parameters(self.lower))

@@ -14,12 +14,12 @@ from .. import levels, penalties
 from ..adapters import closures, own_parts
 from ..adapters.closures import Closure, Closures
 from ..adapters.constraints import ConstrainedLevels, Constraint
-from ..arguments import check_count, check_waiting
+from ..arguments import checked_truth
 from ..checks import self_check
 from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch, zeros_in_a_row
 from ..curvature import Curvature
-from ..evaluation import Evaluation, Norms, measure
+from ..evaluation import Evaluation, measure
 from ..levels import Parameters, rows, rules
 from ..levels.trial_step import stepped
 from ..metrics import Metrics
@@ -28,8 +28,8 @@ from ..penalties import Losses, Penalty, Reduce, one_worker
 from ..tensors import Pair, Tensors, axpy, clones, shift
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
-from .penalty_memory import RemembersDual
 from .two_level import Seen
+from .waiting import WaitsForLower
 
 _ADVICE = self_check.Advice(
     solver="multiplier",
@@ -40,7 +40,7 @@ _ADVICE = self_check.Advice(
 )
 
 
-class PenaltyBilevelOptimizer(RemembersDual):
+class PenaltyBilevelOptimizer(WaitsForLower):
     r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
 
     The lower problem is replaced by its stationarity and the violation is penalised, with a
@@ -72,7 +72,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         lower_steps: v-steps before each u-step in ``step``; ``"auto"``: until the certificate
             ||grad_v f + H q|| is at most ``certificate_tolerance`` of ||grad_v f||, so that u waits
             for v and q. With minibatches their noise is in it: then choose a number.
-        certificate_tolerance: for ``lower_steps="auto"``.
+        certificate_tolerance: for ``lower_steps="auto"``, in (0, 1).
         max_lower_steps: of ``"auto"``, per call.
         warmup_steps: ``step`` moves v and the multiplier only, until the certificate
             ||grad_v f + H q|| is at most half of ||grad_v f||, what it is at q = 0; for at most so
@@ -110,7 +110,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
     """
 
     _fields = (
-        *RemembersDual._fields,
+        *WaitsForLower._fields,
         "lower_steps",
         "certificate_tolerance",
         "max_lower_steps",
@@ -146,19 +146,16 @@ class PenaltyBilevelOptimizer(RemembersDual):
         upper_constraint: Constraint | Sequence[Constraint] | None = None,
         lower_constraint: Constraint | Sequence[Constraint] | None = None,
     ) -> None:
-        check_waiting(lower_steps, certificate_tolerance, max_lower_steps)
-        check_count("warmup_steps", warmup_steps, at_least=0)
         if reduce is not None and not callable(reduce):
             raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
         self._build(upper, lower, upper_lr, lower_lr)
-        self.lower_steps: int | Literal["auto"] = lower_steps
+        self.lower_steps = lower_steps
         self.certificate_tolerance = certificate_tolerance
         self.max_lower_steps = max_lower_steps
-        self.warmup_steps = warmup_steps
         self.curvature = engines.resolve(curvature, weighs_costs=True)
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.reduce: Reduce = reduce or one_worker
-        self.allow_unused = bool(allow_unused)
+        self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._sets = ConstrainedLevels(upper_constraint, lower_constraint, self.upper, self.lower)
         self._seen = None
         own_parts.check_engine(self.curvature)
@@ -169,8 +166,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         self._sets.check_penalty(self.penalty, self._dual)
         rules.check(self.lower, "lower", self._lower_is_map())
         self._adjoint = self._dual.multiplier
-        self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
-        self._counts["certified"] = False  # by the last evaluation
+        self._start_waiting(warmup_steps)
         self._dependence = DependenceWatch()
         self._zeros_in_a_row = 0
 
@@ -297,7 +293,7 @@ class PenaltyBilevelOptimizer(RemembersDual):
         evaluation before was certified: those of the others would be for nothing.
         """
         waits = self.lower_steps == "auto"
-        left = self.max_lower_steps if self.lower_steps == "auto" else self.lower_steps
+        left = self._most_lower_steps()
         while True:
             serves = left == 1 or (waits and bool(self._counts["certified"]))
             seen = self._evaluate(losses, for_upper=shared and serves)
@@ -333,13 +329,6 @@ class PenaltyBilevelOptimizer(RemembersDual):
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint), here)
 
-    def _warms_up(self, norms: Norms) -> bool:
-        """Is the hypergradient of this step still too rough for u to follow it?"""
-        ready = norms.adjoint_residual <= 0.5 * norms.slope
-        left = self._counts["warmup_left"]
-        self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
-        return left > 0 and not ready
-
     def _move_upper(self, seen: Seen, hold: bool = False) -> None:
         evaluation, norms, here, moving = seen
         levels.give(self.upper, evaluation.upper_grad)
@@ -367,15 +356,14 @@ class PenaltyBilevelOptimizer(RemembersDual):
         dual = self._dual.only(moving)
         evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
         evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
-        norms = measure(evaluation, names, self._counts["steps"] + 1)
+        norms = measure(evaluation, names, self._counts["steps"] + 1, self._counts["slope"])
         self.curvature.observe(norms.adjoint_residual, norms.slope)
         unused = self._check_used(losses, both, evaluation)
         self._dependence.listen(norms.silent)
         if len(unused) < len(names):
             vanished = norms.upper_grad == 0.0 < norms.adjoint and self._sets.upper.is_free
             self._zeros_in_a_row = zeros_in_a_row(self._zeros_in_a_row, vanished)
-        excess = norms.adjoint_residual - self.certificate_tolerance * norms.slope
-        self._counts["certified"] = excess <= 0 or norms.slope == 0  # f asks for nothing there
+        self._certify(norms)
         self._counts["gradient_evaluations"] += evaluation.cost
         cost = self._counts["gradient_evaluations"]
         numbers = dual.weight, dual.damping, self.penalty.rule.correction_gain(dual)

@@ -25,7 +25,7 @@ class _Remembered(NamedTuple):
     dual: DualState
     adjoint: Tensors
     seen: Reported | None
-    counts: dict[str, int]
+    counts: dict[str, Any]
     multipliers: tuple[Tensors, Tensors]
 
 
@@ -35,6 +35,7 @@ class RemembersDual(TwoLevelMemory):
     penalty: Penalty
     _sets: ConstrainedLevels
     _dual: DualState
+    _counts: dict[str, Any]
     _seen: Reported | None
 
     def restart_lower(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..arguments import checked_truth
 from ..curvature import Curvature
 from ..evaluation import Evaluation
 from ..multipliers import DualState, MultiplierRule
@@ -54,7 +55,7 @@ class Stationarity:
         independent_batches: bool = False,
     ) -> None:
         self.rule = resolve_multiplier(multiplier)
-        self.independent_batches = bool(independent_batches)
+        self.independent_batches = checked_truth("independent_batches", independent_batches)
 
     def evaluate(
         self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import Number, checked_truth
 from ..curvature import Curvature, Loss
 from ..evaluation import Evaluation, Norms
 from ..multipliers import MEMORY, POINT, DualState, Move, MultiplierRule, Watch, along
@@ -142,6 +143,9 @@ class ValueGap(MultiplierRule):
     takes_lower_constraints = False
     shares_evaluation = True
 
+    weight = Number("be a finite number > 0", "without it nothing penalises g")
+    growth = Number("be a finite number >= 0", "0 leaves the weight alone")
+
     _AVERAGE_MEMORY = 0.99
     _CURVATURE_MEMORY = 0.9
     _FADING = 0.5
@@ -157,13 +161,9 @@ class ValueGap(MultiplierRule):
         growth: float = 0.0,
         relative: bool = True,
     ) -> None:
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight must be > 0, got {weight}; without it nothing penalises g")
-        if not 0 <= growth < math.inf:
-            raise ValueError(f"growth must be >= 0, got {growth}; 0 leaves the weight alone")
-        self.weight = float(weight)
-        self.growth = float(growth)
-        self.relative = bool(relative)
+        self.weight = weight
+        self.growth = growth
+        self.relative = checked_truth("relative", relative)
 
     # What to evaluate.
 

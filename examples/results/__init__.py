@@ -1,0 +1,1 @@
+"""The results of the examples on one page."""

@@ -1,0 +1,1 @@
+"""The published synthetic problems: six formulas, known solutions."""

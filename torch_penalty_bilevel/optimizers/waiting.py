@@ -1,0 +1,50 @@
+"""When u may follow the hypergradient, and when it waits for v and the multiplier."""
+
+from __future__ import annotations
+
+from ..arguments import Count, Fixed, Number, check_count
+from ..evaluation import Norms
+from .penalty_memory import RemembersDual
+
+_WARM = 0.5
+"""Of ||grad_v f||, which ||a|| is at q = 0."""
+
+
+class WaitsForLower(RemembersDual):
+    """By the certificate ||a|| / ||grad_v f||, a = grad_v f + H q.
+
+    Where f is switched off, grad_v f = 0 and the exact adjoint is 0, but q is that of before until
+    H q has decayed as well. So ||a|| is then compared with what ||grad_v f|| last was: q is waited
+    for once, and a silence that lasts costs one evaluation per step.
+    """
+
+    lower_steps = Count(auto=True)
+    certificate_tolerance = Number("lie in (0, 1)", "q = 0 has 1, 0.05 is usual")
+    max_lower_steps = Count()
+    warmup_steps = Fixed()
+
+    def _start_waiting(self, warmup_steps: int) -> None:
+        check_count("warmup_steps", warmup_steps, at_least=0)
+        self.warmup_steps = warmup_steps
+        self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
+        # By the last evaluation; ||grad_v f|| where it was last above 0.
+        self._counts |= {"certified": False, "slope": 0.0}
+
+    def _most_lower_steps(self) -> int:
+        """Of one call of ``step``; at least 1."""
+        return self.max_lower_steps if self.lower_steps == "auto" else self.lower_steps
+
+    def _certify(self, norms: Norms) -> None:
+        """Would u follow the hypergradient of this evaluation?"""
+        self._counts["certified"] = norms.certificate <= self.certificate_tolerance
+        self._counts["slope"] = norms.asked
+
+    def _warms_up(self, norms: Norms) -> bool:
+        """Is the hypergradient of this step still too rough for u to follow it?
+
+        A silent f says nothing of what comes, so that it does not end the warm-up for good.
+        """
+        ready = norms.certificate <= _WARM
+        left = self._counts["warmup_left"]
+        self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
+        return left > 0 and not ready
