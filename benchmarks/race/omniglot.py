@@ -28,13 +28,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy, normalize
+from torch.nn.functional import avg_pool2d, normalize
 
 from benchmarks.race.methods import methods_of
 from benchmarks.race.problem import Grid, Method, Picture
 from benchmarks.race.problem import Problem as RaceProblem
 from examples.data.mirrors import default_folder
 from examples.data.omniglot import omniglot
+from examples.shared.episodes import class_by_class, drawn, mean_cross_entropy
 from examples.shared.record import Line
 from examples.shared.solvers import Solver
 from examples.shared.task import Rates, Values
@@ -122,9 +123,7 @@ class Task:
         """New tasks, heads at 0."""
         self.lower[0].zero_()
         images = self.problem.train
-        classes = torch.randperm(len(images))[: TASKS * WAYS]
-        drawn = torch.rand(len(classes), images.shape[1]).argsort(1)[:, : 1 + QUERIES]
-        chosen = images[classes[:, None], drawn]
+        chosen = images[drawn(len(images), images.shape[1], TASKS * WAYS, 1 + QUERIES)]
         self.support, self.query = chosen[:, 0], chosen[:, 1:].flatten(0, 1)
 
     def draw(self) -> None:
@@ -150,9 +149,7 @@ class Task:
 
     def _cross_entropy(self, features: Tensor, heads: Tensor) -> Tensor:
         """Of images that come by task, then class."""
-        logits = features.view(TASKS, -1, features.shape[1]) @ heads.mT
-        labels = torch.arange(WAYS).repeat_interleave(logits.shape[1] // WAYS).repeat(TASKS)
-        return cross_entropy(logits.flatten(0, 1), labels)
+        return mean_cross_entropy(features.view(TASKS, -1, features.shape[1]) @ heads.mT, WAYS)
 
     @contextlib.contextmanager
     def held_upper(self, graph: bool = False) -> Iterator[None]:
@@ -223,7 +220,7 @@ def baselines(problem: Problem) -> Line:
     def nearest() -> float:
         support, queries = pixels[problem.tasks][:, :, 0], pixels[problem.tasks][:, :, 1:]
         distances = torch.cdist(queries.flatten(1, 2), support)
-        truth = torch.arange(WAYS).repeat_interleave(QUERIES)
+        truth = class_by_class(WAYS, QUERIES)
         return (distances.argmin(-1) == truth).float().mean().item()
 
     for name, found in {

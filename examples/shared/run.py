@@ -58,7 +58,7 @@ class Run:
         self._resume = resume
         self._bar: Any = None
         self._writer: SummaryWriter | None = None
-        self._began = 0.0
+        self._began: float | None = None
 
     def steps(self, count: int, *kept: Any) -> Iterator[int]:
         """0, ..., count - 1; or from where the checkpoint was made.
@@ -71,36 +71,41 @@ class Run:
         """
         return self._loop(count, lambda step: step, kept)
 
-    def until(self, budget: int, spent: Callable[[], int], *kept: Any) -> Iterator[int]:
+    def until(self, budget: float, spent: Callable[[], float], *kept: Any) -> Iterator[int]:
         """0, 1, ... until ``spent()`` reaches ``budget``; or from where the checkpoint was made.
 
         Args:
             budget: of what steps cost, where that differs from step to step.
-            spent: so far, from what is ``kept``.
+            spent: so far, from what is ``kept``, or of the clock.
             kept: as in ``steps``.
         """
         return self._loop(budget, lambda step: spent(), kept)
 
+    @property
+    def clock(self) -> float:
+        """Seconds in the loop so far, now."""
+        return self.seconds + (0.0 if self._began is None else self._now() - self._began)
+
     def _loop(
-        self, goal: int, reached: Callable[[int], int], kept: tuple[Any, ...]
+        self, goal: float, reached: Callable[[int], float], kept: tuple[Any, ...]
     ) -> Iterator[int]:
         step = self._load(kept)
         self._bar = tqdm(
-            total=goal, initial=reached(step), desc=self.name, leave=False, mininterval=0.5
+            total=goal, initial=int(reached(step)), desc=self.name, leave=False, mininterval=0.5
         )
         self._began, saved = self._now(), time.monotonic()
         try:
             while reached(step) < goal:
                 yield step
                 step += 1
-                self._bar.update(reached(step) - self._bar.n)
+                self._bar.update(int(reached(step)) - self._bar.n)
                 if time.monotonic() - saved >= SAVE_EVERY:
                     with self.paused():
                         self._save(step, kept)
                     saved = time.monotonic()
             self._checkpoint.unlink(missing_ok=True)
         finally:
-            self.seconds += self._now() - self._began
+            self.seconds, self._began = self.clock, None
             self._bar.close()
             if self._writer is not None:
                 self._writer.close()
@@ -122,9 +127,10 @@ class Run:
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
         """The clock stands still inside."""
-        self.seconds += self._now() - self._began
+        was_going = self._began is not None
+        self.seconds, self._began = self.clock, None
         yield
-        self._began = self._now()
+        self._began = self._now() if was_going else None
 
     def _now(self) -> float:
         if self.device.type == "cpu":

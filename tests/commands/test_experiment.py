@@ -121,6 +121,26 @@ class TestRun:
             now[0] += 3.0
         assert goes.seconds == 3 * 2.0 + 2 * 3.0
 
+    def test_it_goes_on_until_the_clock_has_passed(self, tmp_path, monkeypatch):
+        now, done = [0.0], []
+        monkeypatch.setattr(run.time, "process_time", lambda: now[0])
+        goes = Run(LINE, tmp_path, CPU)
+        for step in goes.until(10.0, lambda: goes.clock, done):
+            if step == 3:
+                break
+            done.append(step)
+            now[0] += 2.0
+        goes = Run(LINE, tmp_path, CPU, resume=True)
+        for step in goes.until(10.0, lambda: goes.clock, done):
+            assert goes.clock == 6.0 + 3.0 * (step - 3)
+            with goes.paused():
+                now[0] += 100.0
+            done.append(step)
+            now[0] += 3.0
+        assert done == [0, 1, 2, 3, 4]
+        assert goes.seconds == goes.clock == 12.0
+        assert not list(tmp_path.rglob("*.pt"))
+
 
 class TestExperiment:
     @staticmethod
