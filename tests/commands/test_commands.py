@@ -71,6 +71,8 @@ ON_DATA = {
     "examples.data": "mnist uci --data-dir {data}",
     "examples.denoise": "--smoke --method all --data-dir {data} --out {}/out",
     "examples.equilibrium_mnist": "--smoke --method penalty --data-dir {data} --out {}/out",
+    "examples.poison": "--smoke --attack clean_label --method base penalty --data-dir {data} "
+    "--out {}/out",
     "examples.few_shot": "--smoke --method penalty anil --data-dir {data} --out {}/out",
     "examples.tune_l2": "--smoke --data-dir {data} --out {}/out",
 }
