@@ -47,7 +47,7 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     rate, scale = successes / count, 1 + Z**2 / count
     centre = (rate + Z**2 / (2 * count)) / scale
     half = Z / scale * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def section(content: Line) -> str:

@@ -54,7 +54,9 @@ SHARED_RATES = {
 RATES: dict[str, dict[str, Rates]] = {
     "untargeted": SHARED_RATES,
     "targeted": SHARED_RATES,
-    "perturbation": SHARED_RATES,
+    # By seed 100 too. With so little decay v needs more steps: with 5 the model that the attack
+    # sees and the retrained one differ, and the latter errs less.
+    "perturbation": SHARED_RATES | {"penalty": Rates(1e-2, 0.03, 20)},
     "clean_label": {
         # By success on 5 targets of seed 100; of "alternating" u does not look at v.
         **{name: Rates(1e-2, 1e-2, 1) for name in ("penalty", "alternating")},
