@@ -22,7 +22,8 @@ def section(content: Line) -> str:
     encoder = f"conv4 of {run['width']} channels" if run["encoder"] == "conv4" else "the ResNet"
     return (
         f"{run['dataset']}, {run['ways']}-way {run['shots']}-shot, {run['queries']} query images "
-        f"per class, {encoder}, {run['head']} heads; {run['meta_batch']} tasks per meta-iteration, "
+        f"per class ({run['train_queries']} in training), {encoder}, {run['head']} heads; "
+        f"{run['meta_batch']} tasks per meta-iteration, "
         f"{run['budget']} s per method; {run['test_tasks']} test tasks"
         f"{' of the classes for choosing knobs' if run['validation'] else ''}.\n\n"
         f"{table(by_method(content['runs']))}"
