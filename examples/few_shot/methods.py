@@ -25,6 +25,7 @@ from examples.few_shot.problem import (
 )
 from examples.few_shot.rivals import Anil, Maml, Prototypes
 from examples.shared.episodes import class_by_class
+from examples.shared.memory import peak_on
 from examples.shared.record import Line
 from examples.shared.run import Run
 from examples.shared.solvers import anneal
@@ -127,6 +128,9 @@ class Course:
                 with run.paused():  # in the loop: until it is done the checkpoint stays
                     tested = self._tested()
         tested = tested or self._tested()
+        drawn = meta_batch(self.split.learned, self.learning, tasks, generator, run.device)
+        with run.paused():  # one more, after the test
+            tested["peak_bytes"] = peak_on(run.device, lambda: learner.step(drawn))
         steps = self.path[-1]["step"]
         each = learner.lower_steps[0] / steps
         reached = {"seconds": run.seconds, "steps": steps, "lower_steps": each}

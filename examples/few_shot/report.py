@@ -33,12 +33,14 @@ def section(content: Line) -> str:
 def table(results: dict[str, list[Line]]) -> str:
     """Medians (ranges) over the seeds in Markdown; intervals are those over tasks."""
     header = ["method", "accuracy alone", "±", "transductive", "±"]
-    header += ["meta-iterations", "lower steps of each", "seconds"]
+    header += ["meta-iterations", "lower steps of each", "seconds", "MB of one"]
     formats = {
         **{"alone": "{:.2%}", "alone_interval": "{:.2%}"},
         **{"transductive": "{:.2%}", "transductive_interval": "{:.2%}"},
-        **{"steps": "{:.0f}", "lower_steps": "{:.1f}", "seconds": "{:.0f}"},
+        **{"steps": "{:.0f}", "lower_steps": "{:.1f}", "seconds": "{:.0f}", "megabytes": "{:.0f}"},
     }
+    for run in (run for runs in results.values() for run in runs):
+        run["megabytes"] = run["peak_bytes"] / 1e6
     rows = {
         name: [spread([run[key] for run in runs], of.format) for key, of in formats.items()]
         for name, runs in results.items()
