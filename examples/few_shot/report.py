@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.few_shot.problem import Size
+from examples.results.published import FEW_SHOT, OMNIGLOT, sentences
 from examples.shared.experiment import by_method
 from examples.shared.record import Line
 from examples.shared.table import markdown, spread
@@ -26,8 +27,15 @@ def section(content: Line) -> str:
         f"{run['meta_batch']} tasks per meta-iteration, "
         f"{run['budget']} s per method; {run['test_tasks']} test tasks"
         f"{' of the classes for choosing knobs' if run['validation'] else ''}.\n\n"
-        f"{table(by_method(content['runs']))}"
+        f"{table(by_method(content['runs']))}\n\n"
+        f"{published(run)}"
     )
+
+
+def published(run: Line) -> str:
+    """Others' results on this kind of task, full size."""
+    found = FEW_SHOT.get((run["dataset"], run["ways"], run["shots"]), [])
+    return sentences([*found, OMNIGLOT] if run["dataset"] == "omniglot" else found)
 
 
 def table(results: dict[str, list[Line]]) -> str:
