@@ -33,7 +33,7 @@ from examples.denoise.formulation import Cleaning
 from examples.denoise.learned import METHODS, learn, score
 from examples.denoise.problem import Problem, load, make_problem
 from examples.denoise.report import draw, section
-from examples.denoise.rows import ROWS, accuracy, fit
+from examples.denoise.rows import ROWS, accuracy, epochs_of, fit
 from examples.shared import command
 from examples.shared.experiment import Experiment
 from examples.shared.record import Line
@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     add("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")
     add("--clean-share", type=float, default=0.2, help="weight s of f in g (0.2; published: 0)")
     add("--flip", choices=("uniform", "pair"), default="uniform", help="(uniform)")
+    add("--epochs-share", type=float, default=1.0, help="of plain trainings; less do of many (1)")
     command.add_common(parser, NAMES, DEFAULT, 3000, "gradients and products", seeds=3)
     options = parser.parse_args()
     options.model = options.model or ("mlp" if options.dataset == "mnist" else "cnn")
@@ -66,6 +67,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--noise must lie in [0, 1), got {options.noise}")
     if not 0 <= options.clean_share < math.inf:
         parser.error(f"--clean-share must be at least 0, got {options.clean_share}")
+    if not 0 < options.epochs_share <= 1:
+        parser.error(f"--epochs-share must lie in (0, 1], got {options.epochs_share}")
     if options.clean < 10 or options.clean % 10:
         parser.error(f"--clean must be a positive multiple of 10, got {options.clean}")
     return options
@@ -76,6 +79,8 @@ def planned(options: argparse.Namespace) -> list[Line]:
     keys = ("dataset", "model", "train", "clean", "noise", "flip")
     learning = {"budget": options.budget, "clean_share": options.clean_share}
     common = {key: getattr(options, key) for key in keys}
+    if options.epochs_share != 1:
+        common["epochs_share"] = options.epochs_share
     return [
         {**common, "method": name, "seed": seed} | (learning if name in METHODS else {})
         for seed in command.seeds_of(options)
@@ -107,6 +112,7 @@ class Rows:
     def __call__(self, line: Line, run: Run) -> Line:
         """One row on one seed."""
         problem, name = self.problem(line), line["method"]
+        share = line.get("epochs_share", 1.0)
         torch.manual_seed(problem.seed)
         if name in METHODS:
             method = METHODS[name]
@@ -116,9 +122,9 @@ class Rows:
             torch.save(scores.cpu(), self.weights(line))
         else:
             began = time.process_time()
-            scores = ROWS[name](problem)
+            scores = ROWS[name](problem, share)
             result = {"seconds": time.process_time() - began}
-        model = fit(problem, scores > 0.5, name)
+        model = fit(problem, scores > 0.5, epochs_of(name, share))
         result["retrained"] = accuracy(model, problem.test_images, problem.test_labels)
         return result | score(scores, problem)
 

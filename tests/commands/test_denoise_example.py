@@ -13,7 +13,7 @@ from examples.denoise.formulation import Cleaning, penalty_optimizer
 from examples.denoise.learned import METHODS, learn, score
 from examples.denoise.problem import Problem, make_model, make_problem
 from examples.denoise.report import section, with_gap
-from examples.denoise.rows import ROWS, accuracy, fit
+from examples.denoise.rows import ROWS, accuracy, epochs_of, fit
 from examples.shared import solvers
 from examples.shared.run import Run
 
@@ -127,25 +127,31 @@ class TestFormulation:
 class TestRows:
     def test_scores_by_hand(self):
         found = problem()
-        assert score(ROWS["oracle"](found), found) == {"told_right": 1.0, "auc": 1.0}
-        assert score(ROWS["noisy"](found), found) == {"told_right": 0.5, "auc": 0.5}
-        assert score(1 - ROWS["oracle"](found), found) == {"told_right": 0.0, "auc": 0.0}
+        assert score(ROWS["oracle"](found, 1.0), found) == {"told_right": 1.0, "auc": 1.0}
+        assert score(ROWS["noisy"](found, 1.0), found) == {"told_right": 0.5, "auc": 0.5}
+        assert score(1 - ROWS["oracle"](found, 1.0), found) == {"told_right": 0.0, "auc": 0.0}
 
     def test_what_is_not_kept_is_not_seen(self):
         found = problem()
         changed = found._replace(
             images=torch.where(found.is_right[:, None, None, None], 1, 0) * found.images
         )
-        models = [fit(p, p.is_right, "oracle", epochs=60) for p in (found, changed)]
+        models = [fit(p, p.is_right, 60) for p in (found, changed)]
         for p, q in zip(*(m.parameters() for m in models), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=0)
         assert accuracy(models[0], found.test_images, found.test_labels) > 0.9
 
     def test_filters_keep_what_a_model_agrees_with(self):
         found = problem()
-        kept = ROWS["agreement"](found)
+        kept = ROWS["agreement"](found, 1.0)
         assert score(kept, found)["told_right"] > 0.9
         assert set(kept.unique().tolist()) == {0.0, 1.0}
+
+    def test_a_share_of_the_epochs(self):
+        names = ("validation", "noisy", "filter", "penalty")
+        assert [epochs_of(name) for name in names] == [100, 10, 5, 40]
+        assert [epochs_of(name, 0.25) for name in names] == [25, 2, 1, 10]
+        assert [epochs_of(name, 0.01) for name in names] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -216,3 +222,22 @@ def test_a_small_run_leaves_all_that_it_promises(tmp_path, monkeypatch, capsys):
         assert learned["path"][-1]["accuracy"] == learned["running"] > 0.5
     assert (tmp_path / "out" / "denoise.png").stat().st_size > 10_000
     assert list((tmp_path / "out" / "events").iterdir())
+
+
+def test_a_share_of_the_epochs_is_recorded_where_it_is_not_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(denoise, "load", lambda dataset, folder: (shapes(400, 0), shapes(200, 1)))
+    taken = []
+    monkeypatch.setattr(denoise, "fit", lambda p, kept, n: (taken.append(n), fit(p, kept, n))[1])
+    words = ["denoise", "--smoke", "--out", str(tmp_path / "out"), "--method", "validation"]
+    for more, share in ([], None), (["--epochs-share", "0.3"], 0.3):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        denoise.main()
+        content = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert content["runs"][0]["run"].get("epochs_share") == share
+        assert ("0.3 of their usual epochs" in capsys.readouterr().out) == (share is not None)
+    assert taken == [100, 30]
+    for bad in ("0", "1.1", "nan"):
+        monkeypatch.setattr(sys, "argv", [*words, "--epochs-share", bad])
+        with pytest.raises(SystemExit):
+            denoise.main()
+        assert "--epochs-share must lie in (0, 1]" in capsys.readouterr().err
