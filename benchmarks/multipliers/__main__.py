@@ -35,7 +35,6 @@ every seed.
 from __future__ import annotations
 
 import os
-import platform
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -87,6 +86,7 @@ def main() -> None:
         help="file of ended runs, which are not run again; delete it when the code has changed",
     )
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as every run's process does
     jobs = [
         Job(rule, problem, seed, options.data, options.share)
         for seed in range(options.seeds)
@@ -97,10 +97,7 @@ def main() -> None:
     ends = ended(jobs, options.jobs, record)
     for title in tables.TABLES:
         print("\n" + tables.table(title, options.rules, options.problems, ends))
-    print(
-        f"\n{options.seeds} seeds; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread per run"
-    )
+    print(f"\n{options.seeds} seeds; {command.machine()} per run")
 
 
 if __name__ == "__main__":
