@@ -22,8 +22,8 @@ Deterministic (Adam 0.1 on both levels with cosine decay, a warm-up of at most a
 With minibatches (one lower step each; the estimate is that of all data with the step's q):
 
     digits_batches   100 images for each loss, 200 steps, Adam 0.03 with cosine decay
-    mnist            ``cleaning.py``'s linear model, 150 steps of batch 200, the rates of that
-                     benchmark; exact is with H + 1e-2; v*(u) is out of reach (float32)
+    mnist            a weight per image, half of the labels drawn anew, a linear model; 150 steps
+                     of batch 200; exact is with H + 1e-2; v*(u) is out of reach (float32)
 
 End: the final error of ``torch_penalty_bilevel.testing``; digits: f(u, v*(u)); mnist: 1 - area
 under the ROC curve of the learned weights. "inf": an error was raised or v has run off; "warned":

@@ -9,11 +9,12 @@ from torch.nn.functional import cross_entropy
 
 from examples.data.images import LabelledImages
 from examples.denoise import __main__ as denoise
-from examples.denoise.formulation import Cleaning, penalty_optimizer
+from examples.denoise.formulation import Cleaning, decay, penalty_optimizer
 from examples.denoise.learned import METHODS, learn, score
-from examples.denoise.problem import Problem, make_model, make_problem
+from examples.denoise.problem import Problem, load, make_model, make_problem
 from examples.denoise.report import section, with_gap
-from examples.denoise.rows import ROWS, accuracy, epochs_of, fit
+from examples.denoise.rows import ROWS, accuracy, fit
+from examples.denoise.settings import DIGITS, MNIST, SETTINGS, Training
 from examples.shared import solvers
 from examples.shared.run import Run
 
@@ -81,6 +82,21 @@ class TestProblem:
         expected = 0.2989 * red + 0.5870 * green + 0.1140 * blue
         torch.testing.assert_close(grey[:, 0], expected, rtol=1e-5, atol=1e-6)
 
+    def test_digits_are_pixels_of_0_to_16_and_what_is_left_is_for_tests(self):
+        sklearn = pytest.importorskip("sklearn.datasets")
+        rows, labels = sklearn.load_digits(return_X_y=True)
+        data = load("digits", None)
+        found = make_problem(data, 0, model="tanh", train=1000, clean=30, noise=0.5, flip="uniform")
+        assert len(found.test_labels) == len(labels) - 1030
+        images = torch.cat([found.clean_images, found.images, found.test_images])
+        truth = torch.cat([found.clean_labels, found.truth, found.test_labels])
+        seen = torch.cat([(16 * images.flatten(1)).round(), truth[:, None]], 1)
+        given = torch.cat([torch.tensor(rows), torch.tensor(labels)[:, None]], 1)
+        assert sorted(seen.tolist()) == sorted(given.tolist())
+        assert [p.numel() for p in make_model(found, 0).parameters()] == [4096, 64, 640, 10]
+        with pytest.raises(SystemExit, match="more than the 1797 images"):
+            make_problem(data, 0, model="tanh", train=1767, clean=30, noise=0.5, flip="uniform")
+
 
 class TestFormulation:
     def test_losses_by_hand(self):
@@ -100,6 +116,12 @@ class TestFormulation:
         torch.testing.assert_close(task.lower_loss(), (w * losses).sum() / w.sum() + 0.2 * f)
         task.clean_share = 0.0
         torch.testing.assert_close(task.lower_loss(), (w * losses).sum() / w.sum())
+        task.decay = 0.7
+        length = sum(p.square().sum() for p in task.module.parameters())
+        expected = (w * losses).sum() / w.sum() + 0.35 * length
+        torch.testing.assert_close(task.lower_loss(), expected)
+        doubled = tuple(2 * p.detach() for p in task.lower)
+        torch.testing.assert_close(decay(doubled, 0.7), 1.4 * length)
 
     def test_at_other_values_without_touching_its_own(self):
         task, other = (Cleaning(problem(seed=seed), 0.2) for seed in (0, 0))
@@ -127,31 +149,64 @@ class TestFormulation:
 class TestRows:
     def test_scores_by_hand(self):
         found = problem()
-        assert score(ROWS["oracle"](found, 1.0), found) == {"told_right": 1.0, "auc": 1.0}
-        assert score(ROWS["noisy"](found, 1.0), found) == {"told_right": 0.5, "auc": 0.5}
-        assert score(1 - ROWS["oracle"](found, 1.0), found) == {"told_right": 0.0, "auc": 0.0}
+        oracle, noisy = (ROWS[name](found, MNIST.training) for name in ("oracle", "noisy"))
+        assert score(oracle, found) == {
+            "told_right": 1.0,
+            "auc": 1.0,
+        }
+        assert score(noisy, found) == {"told_right": 0.5, "auc": 0.5}
+        assert score(1 - oracle, found) == {
+            "told_right": 0.0,
+            "auc": 0.0,
+        }
 
     def test_what_is_not_kept_is_not_seen(self):
         found = problem()
         changed = found._replace(
             images=torch.where(found.is_right[:, None, None, None], 1, 0) * found.images
         )
-        models = [fit(p, p.is_right, 60) for p in (found, changed)]
+        how = MNIST.training._replace(epochs={"other": 60})
+        models = [fit(p, p.is_right, "oracle", how) for p in (found, changed)]
         for p, q in zip(*(m.parameters() for m in models), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=0)
         assert accuracy(models[0], found.test_images, found.test_labels) > 0.9
 
     def test_filters_keep_what_a_model_agrees_with(self):
         found = problem()
-        kept = ROWS["agreement"](found, 1.0)
+        kept = ROWS["agreement"](found, MNIST.training)
         assert score(kept, found)["told_right"] > 0.9
         assert set(kept.unique().tolist()) == {0.0, 1.0}
 
     def test_a_share_of_the_epochs(self):
         names = ("validation", "noisy", "filter", "penalty")
-        assert [epochs_of(name) for name in names] == [100, 10, 5, 40]
-        assert [epochs_of(name, 0.25) for name in names] == [25, 2, 1, 10]
-        assert [epochs_of(name, 0.01) for name in names] == [1, 1, 1, 1]
+        for share, expected in ((1.0, [100, 10, 5, 40]), (0.25, [25, 2, 1, 10]), (0.01, [1] * 4)):
+            how = MNIST.training.shorter(share)
+            assert [how.epochs_of(name) for name in names] == expected
+
+    def test_a_rate_that_falls_and_a_decay_by_hand(self):
+        """Two epochs of full batches: Adam at the rates 0.1 and 0.05 on the loss with decay."""
+        found = problem()
+        how = Training(
+            rate=0.1, falls=True, batch=1000, epochs={"other": 2}, decay={"noisy": 0.3, "other": 0}
+        )
+        everything = torch.ones_like(found.is_right)
+        fitted = fit(found, everything, "noisy", how)
+        model = make_model(found, found.seed + 1000)
+        images = torch.cat([found.images, found.clean_images])
+        labels = torch.cat([found.labels, found.clean_labels])
+        rule = torch.optim.Adam(model.parameters(), lr=0.1)
+        for rate in (0.1, 0.05):
+            rule.param_groups[0]["lr"] = rate
+            rule.zero_grad()
+            squares = sum(p.square().sum() for p in model.parameters())
+            (cross_entropy(model(images), labels) + 0.15 * squares).backward()
+            rule.step()
+        for p, q in zip(fitted.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_every_data_set_says_the_rates_of_every_method():
+    assert all(setting.methods.keys() == METHODS.keys() for setting in SETTINGS.values())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -159,18 +214,19 @@ def test_every_method_takes_what_its_steps_cost(name, tmp_path):
     """Ours count; the others' steps are as many as the budget pays for."""
     if name in ("torchopt", "higher"):
         pytest.importorskip(name)
-    method = METHODS[name]
+    method, chosen = METHODS[name], MNIST.methods[name]
+    rates = chosen.rates
     torch.manual_seed(0)
     task = Cleaning(problem(), 0.2)
     before = [p.detach().clone() for p in (*task.upper, *task.lower)]
     run = Run({"method": name, "seed": 0}, tmp_path, torch.device("cpu"))
-    budget = 3 * method.cost(method.rates.lower_steps) + 1
-    learned = learn(name, task, method.rates, budget, run)
+    budget = 3 * method.cost(rates.lower_steps) + 1
+    learned = learn(name, task, chosen, budget, run)
     assert learned.line["steps"] == 3
     assert learned.line["path"][-1]["step"] == 3
     pairs = zip(before, (*task.upper, *task.lower), strict=True)
     assert all(not torch.equal(old, new) for old, new in pairs)
-    solver = method.start(task, method.rates)
+    solver = method.start(task, rates, **chosen.options)
     metrics = getattr(solver.rules[0], "metrics", None)
     if metrics is not None:
         solver.step()
@@ -178,11 +234,7 @@ def test_every_method_takes_what_its_steps_cost(name, tmp_path):
         solver.step()
         cost = solver.rules[0].metrics.gradient_evaluations - first
         # The default adds a product where it looks at the curvature of H.
-        assert (
-            method.cost(method.rates.lower_steps)
-            <= cost
-            <= 4 / 3 * method.cost(method.rates.lower_steps)
-        )
+        assert method.cost(rates.lower_steps) <= cost <= 4 / 3 * method.cost(rates.lower_steps)
 
 
 def test_rates_fall_along_a_cosine():
@@ -227,7 +279,12 @@ def test_a_small_run_leaves_all_that_it_promises(tmp_path, monkeypatch, capsys):
 def test_a_share_of_the_epochs_is_recorded_where_it_is_not_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(denoise, "load", lambda dataset, folder: (shapes(400, 0), shapes(200, 1)))
     taken = []
-    monkeypatch.setattr(denoise, "fit", lambda p, kept, n: (taken.append(n), fit(p, kept, n))[1])
+
+    def watched(problem, kept, row, how):
+        taken.append(how.epochs_of(row))
+        return fit(problem, kept, row, how)
+
+    monkeypatch.setattr(denoise, "fit", watched)
     words = ["denoise", "--smoke", "--out", str(tmp_path / "out"), "--method", "validation"]
     for more, share in ([], None), (["--epochs-share", "0.3"], 0.3):
         monkeypatch.setattr(sys, "argv", [*words, *more])
@@ -241,3 +298,24 @@ def test_a_share_of_the_epochs_is_recorded_where_it_is_not_one(tmp_path, monkeyp
         with pytest.raises(SystemExit):
             denoise.main()
         assert "--epochs-share must lie in (0, 1]" in capsys.readouterr().err
+
+
+def test_learned_weights_beat_the_clean_digits(tmp_path):
+    """One seed that chose nothing: the demo's promise, with room for another torch."""
+    data = load("digits", None)
+    found = make_problem(data, 0, model="tanh", train=1000, clean=30, noise=0.5, flip="uniform")
+    torch.manual_seed(0)
+    task = Cleaning(found, DIGITS.clean_share, DIGITS.decay, DIGITS.batch)
+    run = Run({"method": "penalty", "seed": 0}, tmp_path, torch.device("cpu"))
+    learned = learn("penalty", task, DIGITS.methods["penalty"], DIGITS.budget, run)
+    alone = fit(found, torch.zeros_like(found.is_right), "validation", DIGITS.training)
+    lead = learned.line["running"] - accuracy(alone, found.test_images, found.test_labels)
+    assert lead > 0.03
+    assert score(learned.weights, found)["told_right"] > 0.85
+
+
+def test_a_network_too_large_for_the_digits_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["denoise", "--dataset", "digits", "--model", "cnn"])
+    with pytest.raises(SystemExit):
+        denoise.main()
+    assert "--model cnn needs images of 28 x 28" in capsys.readouterr().err
