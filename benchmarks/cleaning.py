@@ -6,11 +6,10 @@
 Data, losses, budget and the two rates of the penalty method are those of the example; the rates
 are multiplied by every pair of 1/3, 1 and 3.
 
-Columns: test accuracy of the running network and of a fresh one trained on the images with weight
-above one half and the clean ones, the share of labels told right, the area under the ROC curve;
-"below filter": in how many seeds an accuracy is below that of the agreement filter. Medians
-(ranges) over the seeds. Every finished run is a line of the output file and is skipped when found
-there.
+Columns: test accuracy of the running network and of a fresh one trained with the learned weights,
+the share of labels told right, the area under the ROC curve; "below filter": in how many seeds an
+accuracy is below that of the agreement filter. Medians (ranges) over the seeds. Every finished run
+is a line of the output file and is skipped when found there.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def work(line: Line, folder: Path | None) -> Line:
             run = Run({"method": name, **line}, Path(place), torch.device("cpu"))
             chosen = chosen._replace(rates=rates)
             scores, result = learn(name, task, chosen, setting.budget, run)
-    fresh = fit(problem, scores > 0.5, name, setting.training)
+    fresh = fit(problem, scores, name, setting.training)
     retrained = accuracy(fresh, problem.test_images, problem.test_labels)
     return {**result, "retrained": retrained, **score(scores, problem)}
 

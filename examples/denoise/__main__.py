@@ -12,9 +12,10 @@ The network trains on the weighted noisy images, the weights want it to do well 
 (``formulation.py``). After Mehra & Hamm (ACML 2021), "data denoising by importance learning".
 
 Rows that learn weights show the running network v and, like all others, a fresh one trained on
-the images with weight above one half and the clean images. Simple rows: the clean images alone
-("validation"), everything ("noisy"), what a model of the clean images agrees with ("agreement"),
-what an early-stopped model of everything agrees with ("self_filter"), the right labels ("oracle").
+the clean images and those with weight above one half (digits: all, as weighted). Simple rows: the
+clean images alone ("validation"), everything ("noisy"), what a model of the clean images agrees
+with ("agreement"), what an early-stopped model of everything agrees with ("self_filter"; digits:
+one with decay), the right labels ("oracle").
 "gap closed": 0 as "validation", 1 as "oracle", by the better of the two networks.
 
 The picture shows the images with the lowest weights, the runs, and the learned weights.
@@ -136,7 +137,7 @@ class Rows:
             began = time.process_time()
             scores = ROWS[name](problem, how)
             result = {"seconds": time.process_time() - began}
-        model = fit(problem, scores > 0.5, name, how)
+        model = fit(problem, scores, name, how)
         result["retrained"] = accuracy(model, problem.test_images, problem.test_labels)
         return result | score(scores, problem)
 

@@ -15,18 +15,22 @@ from examples.shared.solvers import anneal
 
 
 def fit(
-    problem: Problem, kept: Tensor, row: str, how: Training, seed: int | None = None
+    problem: Problem, scores: Tensor, row: str, how: Training, seed: int | None = None
 ) -> nn.Module:
     """How every row ends: a fresh network, by Adam, on the images kept and the clean ones.
 
     Args:
         problem: the data.
-        kept: which of the noisy images, a mask (N,).
+        scores: of the noisy images (N,), in [0, 1] or a mask; kept are those above one half, or
+            all, with their score for a weight, where this data set has it so.
         row: whose, for the number of epochs and the decay.
         how: rates, epochs and decay of this data set.
         seed: of the network; by default another one than where learned weights began.
     """
+    kept = scores > (0.0 if how.weighted else 0.5)
     images = torch.cat([problem.images[kept], problem.clean_images])
+    ones = torch.ones(len(problem.clean_labels), device=images.device)
+    weights = torch.cat([scores[kept].to(ones.dtype), ones])
     labels = torch.cat([problem.labels[kept], problem.clean_labels])
     model = make_model(problem, problem.seed + 1000 if seed is None else seed)
     rule = torch.optim.Adam(model.parameters(), lr=how.rate)
@@ -37,7 +41,12 @@ def fit(
             anneal([rule], epoch / epochs)
         for rows in torch.randperm(len(labels), generator=generator).split(how.batch):
             rule.zero_grad()
-            loss = cross_entropy(model(images[rows]), labels[rows])
+            found, given = model(images[rows]), labels[rows]
+            if how.weighted:
+                w = weights[rows]
+                loss = w @ cross_entropy(found, given, reduction="none") / w.sum()
+            else:
+                loss = cross_entropy(found, given)
             (loss + decay(model.parameters(), strength) if strength else loss).backward()
             rule.step()
     return model

@@ -21,6 +21,8 @@ class Training(NamedTuple):
     """By row, "other" for the rest."""
     decay: dict[str, float]
     """Strength of |v|^2 / 2, likewise."""
+    weighted: bool = False
+    """Do all images take part with their weight, not only those of weight above one half?"""
 
     def epochs_of(self, row: str) -> int:
         return self.epochs.get(row, self.epochs["other"])
@@ -82,20 +84,26 @@ MNIST = Setting(
         decay={"other": 0.0},
     ),
 )
+# scikit-learn's digits, 50 % noise, by the fresh network on seeds 100 to 105, one knob at a time.
+# The optimizer: upper rate 0.03, 0.05, 0.1, 0.3; lower 3e-3, 1e-2, 3e-2; batches of 100, 200, all;
+# decay 3e-3, 1e-2, 3e-2; ridge 0, 0.03, 0.1; s 0, 0.2, 1; budgets of 900 and 1200 gained nothing.
+# The peers, little, by the running network on seeds 100 and 101: upper rate 0.1, 0.3 (torchopt also
+# 0.05, and 3e-2 below; higher and torchopt also 1; paper 0.1, 1). Decay of the plain trainings: the
+# best of 3e-3, 1e-2, 3e-2 for each row.
 DIGITS = Setting(
     model="tanh",
     train=1000,
     clean=30,
     budget=600,
     clean_share=0.2,
-    batch=100,
+    batch=200,
     decay=1e-2,
     methods={
-        "penalty": Chosen(Rates(1e-2, 0.1, 1), {"ridge": 0.03}),
-        "paper": Chosen(Rates(1e-3, 0.1, 20)),
-        "approx_grad": Chosen(Rates(1e-2, 0.1, 1)),
-        "torchopt": Chosen(Rates(1e-2, 0.1, 1), {"ridge": 0.03}),
-        "higher": Chosen(Rates(1e-2, 0.1, 5)),
+        "penalty": Chosen(Rates(1e-2, 0.05, 1), {"ridge": 0.03}),
+        "paper": Chosen(Rates(1e-3, 1.0, 20)),
+        "approx_grad": Chosen(Rates(1e-2, 0.3, 1)),
+        "torchopt": Chosen(Rates(3e-2, 0.1, 1), {"ridge": 0.03}),
+        "higher": Chosen(Rates(1e-2, 0.3, 5)),
     },
     training=Training(
         rate=1e-2,
@@ -103,6 +111,7 @@ DIGITS = Setting(
         batch=2000,
         epochs={"other": 300},
         decay={"validation": 3e-3, "agreement": 3e-3, "oracle": 3e-3, "other": 1e-2},
+        weighted=True,
     ),
 )
 SETTINGS = {

@@ -183,6 +183,20 @@ class TestRows:
             how = MNIST.training.shorter(share)
             assert [how.epochs_of(name) for name in names] == expected
 
+    def test_weights_count_as_so_many_images(self):
+        """1 on everything and the clean images twice is 1/2 on everything and these once."""
+        found = problem(clean=100)
+        twice = found._replace(
+            clean_images=torch.cat([found.clean_images] * 2),
+            clean_labels=torch.cat([found.clean_labels] * 2),
+        )
+        plain = MNIST.training._replace(batch=1000, epochs={"other": 5})
+        halves = torch.full((400,), 0.5)
+        weighted = fit(found, halves, "penalty", plain._replace(weighted=True))
+        counted = fit(twice, torch.ones(400), "penalty", plain)
+        for p, q in zip(weighted.parameters(), counted.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
     def test_a_rate_that_falls_and_a_decay_by_hand(self):
         """Two epochs of full batches: Adam at the rates 0.1 and 0.05 on the loss with decay."""
         found = problem()
