@@ -129,7 +129,7 @@ def main() -> None:
             record.add(line, work(line, options.data_dir))
     for problem, plan in plans.items():
         print(f"\n{problem}\n\n{table(record, plan)}")
-    print(f"\n{options.seeds} seeds; {command.machine()}")
+    print(f"\nSeeds 0 to {options.seeds - 1}; {command.machine()}")
 
 
 if __name__ == "__main__":
