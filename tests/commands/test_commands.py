@@ -61,7 +61,6 @@ SMALL = {
     "benchmarks.suite.optimizer": "feature_ridge --starts 1 --steps 5 --jobs 1",
     "benchmarks.speed.correction": "--sizes 1e3 --batch 8 --rounds 2",
     "benchmarks.speed.overhead": "--rounds 1",
-    "examples.denoise_digits": "--seeds 1 --steps 5 --output {}/picture.png",
     "examples.results": "--runs {}/runs --page {}/page.md",
     "examples.synthetic": "--smoke --out {}/out",
 }
