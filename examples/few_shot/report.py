@@ -47,12 +47,10 @@ def table(results: dict[str, list[Line]]) -> str:
         **{"transductive": "{:.2%}", "transductive_interval": "{:.2%}"},
         **{"steps": "{:.0f}", "lower_steps": "{:.1f}", "seconds": "{:.0f}", "megabytes": "{:.0f}"},
     }
-    for run in (run for runs in results.values() for run in runs):
-        run["megabytes"] = run["peak_bytes"] / 1e6
-    rows = {
-        name: [spread([run[key] for run in runs], of.format) for key, of in formats.items()]
-        for name, runs in results.items()
-    }
+    rows: dict[str, list[str]] = {}
+    for name, runs in results.items():
+        known = [run | {"megabytes": run["peak_bytes"] / 1e6} for run in runs]
+        rows[name] = [spread([run[key] for run in known], of.format) for key, of in formats.items()]
     return markdown(header, rows)
 
 
