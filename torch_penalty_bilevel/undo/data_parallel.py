@@ -1,0 +1,29 @@
+"""Modules that synchronise their processes by themselves, held back while a closure runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_QUIET = {
+    "require_backward_grad_sync": False,
+    "require_forward_param_sync": False,
+    "find_unused_parameters": False,
+    "static_graph": False,
+}
+
+
+def quieted(module: nn.Module) -> dict[str, Any] | None:
+    """Let a ``DistributedDataParallel`` be the module that it wraps; returns what to put back.
+
+    Inside closures its gradients do not pass through the hooks that would average them, second
+    derivatives do not go through its own operations, and a broadcast of buffers would wait for a
+    worker that has failed. ``no_sync()`` alone leaves the latter two. None for other modules.
+    """
+    if not isinstance(module, DistributedDataParallel):
+        return None
+    held = {name: getattr(module, name) for name in _QUIET}
+    vars(module).update(_QUIET)
+    return held
