@@ -1,5 +1,6 @@
 """One problem on several processes: closures see a rank's part of every batch."""
 
+import copy
 import multiprocessing
 import traceback
 
@@ -91,7 +92,10 @@ class Shared:
 
     def _optimizer(self, kind, engine, options):
         upper, lower = [("samples", self.samples), ("decay", self.decay)], self.model
-        options = options | {"upper_lr": 0.05, "lower_lr": 0.02, "curvature": engine}
+        # Adam would blow up the rounding of small differences.
+        rule = torch.optim.SGD if kind == "value" else torch.optim.Adam
+        upper = rule(upper, lr=0.5 if kind == "value" else 0.05)
+        options = options | {"lower_lr": 0.02, "curvature": copy.deepcopy(engine)}
         if kind == "cg":
             optimizer = HypergradientOptimizer(
                 upper,
