@@ -168,7 +168,7 @@ def decisions(rank, world):
     found["waiting: u"] = shared.samples.detach().clone()
 
     shared = Shared("stationarity", "auto", rank, world)
-    for step in range(30):
+    for _ in range(30):
         shared.draw(0)
         shared.optimizer.step(shared.f, shared.g)
     report = shared.optimizer.check_hypergradient(shared.f, shared.g, damping=0.5, resolve=True)

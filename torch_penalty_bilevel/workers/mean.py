@@ -18,7 +18,7 @@ from ..tensors import Tensors, dense
 Reduce: TypeAlias = Callable[[Tensors], Tensors]
 """Averages a tuple of tensors over the workers that share one problem; identity on one worker."""
 
-_REMEDY = 'pass reduce="mean", a function that averages a tuple of tensors over workers, or None'
+_MUST = 'reduce must be a callable on a tuple of tensors, "mean" or None'
 
 
 def one_worker(tensors: Tensors) -> Tensors:
@@ -88,12 +88,12 @@ def resolve(reduce: Any, process_group: Any) -> Reduce:
         raise ValueError(f'process_group is for reduce="mean", got reduce={reduce!r}')
     if isinstance(reduce, str):
         if reduce != "mean":
-            raise ValueError(f"reduce={reduce!r} is not known; {_REMEDY}")
+            raise ValueError(f"{_MUST}, got {reduce!r}")
         if process_group is not None and dist.get_rank(process_group) < 0:
             raise ValueError("this process is not in process_group; give it one of its own")
         return Mean(process_group)
     if reduce is not None and not callable(reduce):
-        raise TypeError(f"reduce={reduce!r} is no average; {_REMEDY}")
+        raise TypeError(f"{_MUST}, got {reduce!r}")
     return cast(Reduce, reduce or one_worker)
 
 
