@@ -111,9 +111,9 @@ def test_strangers_are_warned_of_once(seen):
 @pytest.mark.parametrize("kind", [PenaltyBilevelOptimizer, HypergradientOptimizer])
 def test_bad_arguments_are_named(kind):
     u, v = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    with pytest.raises(ValueError, match="reduce must be .* 'median'"):
+    with pytest.raises(ValueError, match=r"reduce must be .* 'median'"):
         kind([u], [v], reduce="median")
-    with pytest.raises(TypeError, match="reduce must be .* 3"):
+    with pytest.raises(TypeError, match=r"reduce must be .* 3"):
         kind([u], [v], reduce=3)
     with pytest.raises(ValueError, match='process_group is for reduce="mean"'):
         kind([u], [v], process_group=object())

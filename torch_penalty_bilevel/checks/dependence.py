@@ -18,7 +18,7 @@ from ..curvature.double_backward import (
 from ..errors import DoubleBackwardError, NondeterministicClosureError
 from ..linear_solve import random_direction
 from ..penalties import Losses
-from ..tensors import OptionalTensors, Pair, Tensors, cast_like, norm
+from ..tensors import OptionalTensors, Pair, Tensors, cast_like, is_sharded, norm
 from ..undo.random_state import RandomState
 from ..workers import Workers
 
@@ -63,7 +63,8 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     responds = [False] * len(at.upper)
     if differences:
         responds = _responds(watched, at, engine.in_use).upper
-        if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
+        complete = all(d or r for d, r in zip(in_upper_loss, responds, strict=True))
+        if (complete and any(responds)) or any(map(is_sharded, at.lower)):
             return Dependence(in_upper_loss, responds, in_lower_loss)
     random = RandomState(p.device for p in (*at.upper, *at.lower))
     try:

@@ -49,6 +49,7 @@ from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
 from ..workers import Workers, without_unused
 from ..workers import resolve as resolve_reduce
+from . import sharded
 from .hypergradient_memory import RemembersAdjoint
 from .two_level import Here
 
@@ -165,15 +166,16 @@ class HypergradientOptimizer(RemembersAdjoint):
         )
         check_loop(method, self._options, lower_steps, inner_iterations, warm_start)
         make_lower = torch.optim.SGD if method == "reverse" else torch.optim.Adam
+        self._workers = Workers(resolve_reduce(reduce, process_group))
         self._build(upper, lower, upper_lr, lower_lr, make_lower)
         self.method = method
         self.lower_steps = lower_steps
         self.inner_iterations = 10 if inner_iterations is None else inner_iterations
         self.warm_start = warm_start
         self.lower_is_map = checked_truth("lower_is_map", lower_is_map)
-        self.curvature = engines.resolve(curvature)
+        engine = engines.resolve(curvature)
+        self.curvature = sharded.served(engine, self.upper, self.lower, self._workers, None)
         own_parts.check_engine(self.curvature)
-        self._workers = Workers(resolve_reduce(reduce, process_group))
         self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._restriction = upper_projection(upper_constraint, self.upper)
         self.metrics = Metrics.unknown()
@@ -265,6 +267,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             ValueError: as ``upper_step``; or the lower level is a map.
         """
         self._check_needs_no_steps("check_hypergradient")
+        sharded.check_comparable(self.lower)
         options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
         undone = rehearsal([self.upper, self.lower], self._devices(), self._scope)
         with undone as guard, self._workers.agreeing(self.curvature):

@@ -25,11 +25,12 @@ from ..levels.trial_step import stepped
 from ..metrics import Metrics
 from ..multipliers import Memories
 from ..penalties import Losses, Penalty, Reduce
-from ..tensors import Pair, Tensors, axpy, clones, shift
+from ..tensors import Pair, Tensors, axpy, clones, is_sharded, shift
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
 from ..workers import Workers, without_unused
 from ..workers import resolve as resolve_reduce
+from . import sharded
 from .two_level import Seen
 from .waiting import WaitsForLower
 
@@ -159,7 +160,9 @@ class PenaltyBilevelOptimizer(WaitsForLower):
         self.lower_steps = lower_steps
         self.certificate_tolerance = certificate_tolerance
         self.max_lower_steps = max_lower_steps
-        self.curvature = engines.resolve(curvature, weighs_costs=True)
+        engine = engines.resolve(curvature, weighs_costs=True)
+        parts = self.upper, self.lower, self._workers, lower_constraint
+        self.curvature = sharded.served(engine, *parts)
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._sets = ConstrainedLevels(upper_constraint, lower_constraint, self.upper, self.lower)
@@ -272,6 +275,7 @@ class PenaltyBilevelOptimizer(WaitsForLower):
                 v has at most 2,000 numbers (one device, not 16 bits) and the closures repeat.
         """
         self._sets.check_comparable()
+        sharded.check_comparable(self.lower)
         options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
         undone = rehearsal([self.upper, self.lower], self._devices(), self._scope)
         with undone as guard, self._workers.agreeing(self.curvature):
@@ -356,7 +360,8 @@ class PenaltyBilevelOptimizer(WaitsForLower):
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         both = here._replace(at=self._sets.extended(here.at))
         losses = self._look(losses, both)
-        if not for_upper and self.curvature.reads_live:
+        split = any(map(is_sharded, here.at.lower))  # their backward pass reaches every leaf
+        if not for_upper and self.curvature.reads_live and not split:
             both = both._replace(at=Pair((), both.at.lower), upper_names=[])
         at, names = self.curvature.point(both.at), both.upper_names
         moving = self._moving(here)

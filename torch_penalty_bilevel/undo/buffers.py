@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .data_parallel import quieted
+from .data_parallel import quieted, regather
 from .scope import Scope
 
 Buffers: TypeAlias = dict[str, Tensor]
@@ -60,6 +60,7 @@ class BufferGuard:
                 pending.extend(m for m in part._modules.values() if m is not None)
                 if part._buffers and part.training:
                     self._swap(part, clones)
+                regather(part)
                 if (flags := quieted(part)) is not None:
                     wrappers.append((part, flags))
             return fresh

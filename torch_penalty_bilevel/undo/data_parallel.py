@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,17 @@ _QUIET = {
     "find_unused_parameters": False,
     "static_graph": False,
 }
+
+
+def regather(module: nn.Module) -> None:
+    """Let a module of ``fully_shard`` gather its parameters anew.
+
+    After a forward pass without a backward one it may keep what it gathered, and would not see that
+    its shards have moved since.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and nobody has it without
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        module.reshard()
 
 
 def quieted(module: nn.Module) -> dict[str, Any] | None:

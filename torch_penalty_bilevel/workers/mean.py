@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import warn
-from ..tensors import Tensors, dense
+from ..tensors import Tensors, dense, is_sharded
 
 Reduce: TypeAlias = Callable[[Tensors], Tensors]
 """Averages a tuple of tensors over the workers that share one problem; identity on one worker."""
@@ -52,6 +52,8 @@ class Mean:
         home = tensors[0].device
         buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for place, tensor in enumerate(tensors):
+            if is_sharded(tensor):  # gradients of these are averages when they arrive
+                continue
             wide = torch.promote_types(tensor.dtype, torch.float32)
             where = tensor.device if tensor.dim() else home
             buckets.setdefault((where, wide), []).append(place)
