@@ -96,6 +96,9 @@ def other_troubles(rank, world):
         found[name] = outcome(lambda o=optimizer, s=shared: o.step(s.f, s.g))
         found[f"{name}: grad"] = extra.grad
     found["on one rank"] = on_one_rank(rank)
+    shared = Shared("stationarity", "auto", rank, world)
+    shared.samples.data += 0.1 * rank
+    found["other start"] = outcome(lambda: shared.optimizer.step(shared.f, shared.g))
 
     shared = Shared("stationarity", "auto", rank, world)
     hidden = Hidden.apply if rank == 1 else lambda x: x

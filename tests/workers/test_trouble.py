@@ -61,6 +61,13 @@ def test_a_parameter_of_one_rank_follows_its_part_of_the_mean(seen):
         torch.testing.assert_close(each["on one rank"], alone, rtol=1e-12, atol=1e-12)
 
 
+def test_another_start_on_one_rank_is_an_error(seen):
+    for each in seen["other_troubles"]:
+        kind, words = each["other start"]
+        assert kind == "ValueError"
+        assert words.startswith("the parameters ['samples'] are not the same on all processes")
+
+
 def test_the_engine_is_one_for_all(seen):
     first, second = seen["other_troubles"]
     assert first["engine"]

@@ -86,6 +86,8 @@ class DependenceWatch:
             engine.renew()
         if not self.due and not scope.is_new:
             return losses
+        if self.due:
+            workers.check_alike((*at.upper, *at.lower), (*names, *lower_names))
         losses = losses._replace(are_new=True)
         seen = FirstLook(losses, at, engine) if self.due else None
         with scope.searching():

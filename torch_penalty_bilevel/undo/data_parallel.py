@@ -23,8 +23,9 @@ def regather(module: nn.Module) -> None:
     its shards have moved since.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and nobody has it without
+    gathered: Any = module
     if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-        module.reshard()
+        gathered.reshard()
 
 
 def quieted(module: nn.Module) -> dict[str, Any] | None:
@@ -36,6 +37,6 @@ def quieted(module: nn.Module) -> dict[str, Any] | None:
     """
     if not isinstance(module, DistributedDataParallel):
         return None
-    held = {name: getattr(module, name) for name in _QUIET}
+    held = {name: vars(module)[name] for name in _QUIET}
     vars(module).update(_QUIET)
     return held

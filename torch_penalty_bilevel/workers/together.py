@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..curvature import Curvature, Linearised, Loss, Map
 from ..errors import DoubleBackwardError, WorkerError
-from ..tensors import OptionalPair, Pair, Tensors, dense
-from .mean import Reduce, one_worker, warn_of_strangers
+from ..tensors import OptionalPair, Pair, Tensors, dense, is_sharded, norms
+from .mean import Mean, Reduce, one_worker, warn_of_strangers
 
 T = TypeVar("T")
+_ROUNDING = 1e-4
 
 
 class Workers:
@@ -92,6 +93,27 @@ class Workers:
         found = self.attempt(lambda: [what()], list[T])
         self.agreed((), like)
         return found[0]
+
+    def check_alike(self, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Raise ``ValueError`` on all workers where parameters are not the same on each.
+
+        By their lengths; what is sharded is another on each.
+        """
+        if not isinstance(self.mean, Mean):  # a function may stand for workers that are not there
+            return
+        pairs = [(t.detach(), n) for t, n in zip(tensors, names, strict=False) if not is_sharded(t)]
+        sizes = norms([t for t, _ in pairs])
+        means = self._reduced(sizes)
+        gaps = [
+            abs(float(a) - float(b)) / (float(b) or 1.0) for a, b in zip(sizes, means, strict=True)
+        ]
+        found = self.agreed([gap > _ROUNDING for gap in gaps], tensors[0])
+        if differ := [name for (_, name), differs in zip(pairs, found, strict=True) if differs]:
+            raise ValueError(
+                f"the parameters {differ} are not the same on all processes, which share one "
+                "problem; seed them alike, or broadcast those of rank 0 (as "
+                "DistributedDataParallel does) before the first step"
+            )
 
     def engine(self, curvature: Curvature) -> Curvature:
         """The same engine, whose failures are held."""
