@@ -333,6 +333,7 @@ class HypergradientOptimizer(RemembersAdjoint):
         face = self._restriction.faces(here.at.upper, estimate.hypergradient)
         evaluation = estimate.on_face(face, problem.evaluations, problem.used)
         measured = measure(evaluation, here.upper_names, number + 1)
+        self._workers.follow(self.curvature)
         gradient = without_unused(evaluation.upper_grad, measured.upper_used)
         evaluation = evaluation._replace(upper_grad=gradient)
         self._check_used(losses, here, evaluation, self.method == "alternating")

@@ -372,6 +372,7 @@ class PenaltyBilevelOptimizer(WaitsForLower):
         gradient = without_unused(evaluation.upper_grad, norms.upper_used)
         evaluation = evaluation._replace(upper_grad=gradient)
         evaluation = self._sets.upper.seen(evaluation, self._workers.reduce)
+        self._workers.follow(self.curvature)
         self.curvature.observe(norms.adjoint_residual, norms.slope)
         unused = self._check_used(losses, both, evaluation)
         self._dependence.listen(norms.silent)

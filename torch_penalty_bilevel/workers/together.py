@@ -121,10 +121,7 @@ class Workers:
 
     @contextlib.contextmanager
     def agreeing(self, curvature: Curvature) -> Generator[None]:
-        """Around what all workers do alike: at its end none has failed, or all raise.
-
-        An engine that went over to differences on one worker does so on all of them.
-        """
+        """Around what all workers do alike: at its end none has failed, or all raise."""
         if not self.is_shared:
             self._is_warned = self._is_warned or warn_of_strangers()
             yield
@@ -139,7 +136,6 @@ class Workers:
             self._raise_held()
             if raised is not None:
                 raise raised
-            self._follow(curvature)
         finally:
             raised = None  # which would hold this frame
             self._failure, self._ballot, self._engine = None, None, None
@@ -150,9 +146,10 @@ class Workers:
             before, self._engine = self._engine, engine
             self.agreed((), like)
             self._engine = before
-            self._follow(engine)
+            self.follow(engine)
 
-    def _follow(self, engine: Curvature) -> None:
+    def follow(self, engine: Curvature) -> None:
+        """Go over to differences if an engine that chooses did so on another worker."""
         if self._share(1) > 0 and engine.falls_back and not _differs(engine):
             engine.refute(DoubleBackwardError("another worker had to"))
 
