@@ -29,8 +29,8 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.test
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.demo  ## clean mislabelled digits; table and picture in results/
-	$(RUN) -m examples.denoise_digits
+demo: $(VENV)/.demo  ## clean mislabelled digits; table and picture in results/denoise
+	$(RUN) -m examples.denoise --dataset digits
 
 test: $(VENV)/.test  ## run the tests on all cores, with branch coverage
 	$(RUN) -m pytest --numprocesses auto --dist worksteal --cov --cov-report=term --cov-fail-under=95

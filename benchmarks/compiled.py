@@ -8,7 +8,6 @@ the ratio is the median of 15 rounds of 10 calls each. Compiling needs a C++ com
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -83,10 +82,7 @@ def main() -> None:
     ]
     print("\n| h | eager, ms | compiled, ms | ratio | seconds to compile |\n|---|---|---|---|---|")
     print("\n".join(rows))
-    print(
-        f"\ntorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        "1 thread"
-    )
+    print(f"\n{command.machine()}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -209,10 +208,7 @@ def main() -> None:
         cells.append(slope(options.kappas, rows[label]))
         print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
     draw(options.kappas, rows, options.picture)
-    print(
-        f"\n{options.seeds} seeds each; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread"
-    )
+    print(f"\n{options.seeds} seeds each; {command.machine()}")
 
 
 if __name__ == "__main__":

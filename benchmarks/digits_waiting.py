@@ -12,7 +12,6 @@ with each pair of rates; the README shows them all.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import warnings
 from collections.abc import Callable
@@ -96,10 +95,8 @@ def main() -> None:
                 f"| {statistics.median(steps):.0f} |",
                 flush=True,
             )
-    print(
-        f"\nSeeds 0 to {options.seeds - 1}, {options.evaluations} lower steps; torch "
-        f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}, 1 thread"
-    )
+    seeds = f"Seeds 0 to {options.seeds - 1}"
+    print(f"\n{seeds}, {options.evaluations} lower steps; {command.machine()}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ lower level solved on by L-BFGS (digits: 500 iterations); gradients and products
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -164,10 +163,7 @@ def main() -> None:
     print("| problem | multiplier | certificate | f at the end | evaluations |")
     print("|---|---|---|---|---|")
     print("\n".join(lines))
-    print(
-        f"\nMedian of seeds 0 to {options.seeds - 1}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread"
-    )
+    print(f"\nMedian of seeds 0 to {options.seeds - 1}; {command.machine()}")
 
 
 if __name__ == "__main__":

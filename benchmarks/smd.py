@@ -10,7 +10,6 @@ lower steps per upper step.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 
@@ -85,10 +84,7 @@ def main() -> None:
         ]
         print(f"| {rule} | " + " | ".join(cells) + " |")
     print(f"| {AGAIN} | " + " | ".join(f"{e:.1e}" for e in RERUN.values()) + " |")
-    print(
-        f"\ntorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"1 thread, {time.perf_counter() - began:.0f} s"
-    )
+    print(f"\n{command.machine()}, {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m examples.data_parallel
 
 The upper variables are a weight per training image, the lower ones a network in
-``DistributedDataParallel``, as in ``denoise_digits``. What makes it data-parallel is
+``DistributedDataParallel``, as in ``examples.denoise``. What makes it data-parallel is
 ``reduce="mean"`` and that each rank takes its share of the batch. Afterwards rank 0 takes the same
 steps alone, on whole batches: weights and network are those of the processes, to rounding.
 """
@@ -22,16 +22,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
+from examples.denoise.problem import Problem, load, make_model, make_problem
 from examples.shared import command
-from examples.shared.digits_rows import Problem, make_model, make_problem
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
+
+CLEAN = 40
 
 
 def learned(
     problem: Problem, steps: int, batch: int, rank: int = 0, world: int = 1
 ) -> list[Tensor]:
     """The weight of each image and the network, after ``steps`` on this rank's shares."""
-    net: nn.Module = make_model(problem.seed)
+    net: nn.Module = make_model(problem, problem.seed)
     options: dict[str, Any] = {}
     if world > 1:
         net, options = DistributedDataParallel(net), {"reduce": "mean"}
@@ -66,9 +68,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data and the network (0)")
     options = parser.parse_args()
     rank, world = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    problem = make_problem(options.seed, noise=0.5, clean=32)
-    if options.batch % world or len(problem.clean_labels) % world:
-        parser.error(f"--batch {options.batch} and 32 clean images must be shared by {world} ranks")
+    digits, seed = load("digits", None), options.seed
+    problem = make_problem(
+        digits, seed, model="tanh", train=1000, clean=CLEAN, noise=0.5, flip="uniform"
+    )
+    if options.batch % world or CLEAN % world:
+        parser.error(
+            f"--batch {options.batch} and {CLEAN} clean images must be shared by {world} ranks"
+        )
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo")

@@ -17,7 +17,6 @@ Each run is a line of results/engine_choice.jsonl, so that an interrupted table 
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -122,7 +121,7 @@ def main() -> None:
             record.flush()
     asked = set(wanted)
     print(table([line for line in lines if _key(line) in asked], options.kinds, engines))
-    print(f"\n{options.seeds} seeds, torch {torch.__version__}, {platform.machine()}, one thread")
+    print(f"\n{options.seeds} seeds; {command.machine()}")
 
 
 if __name__ == "__main__":

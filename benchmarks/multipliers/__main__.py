@@ -22,8 +22,8 @@ Deterministic (Adam 0.1 on both levels with cosine decay, a warm-up of at most a
 With minibatches (one lower step each; the estimate is that of all data with the step's q):
 
     digits_batches   100 images for each loss, 200 steps, Adam 0.03 with cosine decay
-    mnist            ``cleaning.py``'s linear model, 150 steps of batch 200, the rates of that
-                     benchmark; exact is with H + 1e-2; v*(u) is out of reach (float32)
+    mnist            a weight per image, half of the labels drawn anew, a linear model; 150 steps
+                     of batch 200; exact is with H + 1e-2; v*(u) is out of reach (float32)
 
 End: the final error of ``torch_penalty_bilevel.testing``; digits: f(u, v*(u)); mnist: 1 - area
 under the ROC curve of the learned weights. "inf": an error was raised or v has run off; "warned":
@@ -35,7 +35,6 @@ every seed.
 from __future__ import annotations
 
 import os
-import platform
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -87,6 +86,7 @@ def main() -> None:
         help="file of ended runs, which are not run again; delete it when the code has changed",
     )
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as every run's process does
     jobs = [
         Job(rule, problem, seed, options.data, options.share)
         for seed in range(options.seeds)
@@ -97,10 +97,7 @@ def main() -> None:
     ends = ended(jobs, options.jobs, record)
     for title in tables.TABLES:
         print("\n" + tables.table(title, options.rules, options.problems, ends))
-    print(
-        f"\n{options.seeds} seeds; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread per run"
-    )
+    print(f"\n{options.seeds} seeds; {command.machine()} per run")
 
 
 if __name__ == "__main__":

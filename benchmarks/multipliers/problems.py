@@ -134,9 +134,8 @@ def softmax_hessian(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def _mnist(seed: int, data: Path) -> Task:
-    problem = rows.make_problem(rows.mnist(data), seed)
-    model = rows.make_model("linear", seed)
-    assert isinstance(model, torch.nn.Linear)
+    problem = rows.make_problem(rows.mnist(data), seed, model="linear")
+    (weight, bias) = rows.make_model(problem, seed).parameters()
     images, clean = (_with_ones(x) for x in (problem.images, problem.clean_images))
 
     def losses(here: Any, there: Any) -> tuple[Loss, Loss]:
@@ -162,7 +161,7 @@ def _mnist(seed: int, data: Path) -> Task:
     f, g = losses(slice(None), slice(None))
     return Task(
         torch.zeros(len(problem.labels)),
-        _as_one(model),
+        torch.cat([weight, bias[:, None]], 1).detach().T.contiguous(),  # as behind the images
         f,
         g,
         # v has 7,850 numbers, and H, without weight decay, eigenvalues of all sizes down to 0.
@@ -180,8 +179,3 @@ def _mnist(seed: int, data: Path) -> Task:
 def _with_ones(images: Tensor) -> Tensor:
     flat = images.reshape(len(images), -1)
     return torch.cat([flat, torch.ones(len(flat), 1)], 1)
-
-
-def _as_one(model: torch.nn.Linear) -> Tensor:
-    """Weights and bias as one tensor that stands behind the images."""
-    return torch.cat([model.weight, model.bias[:, None]], 1).detach().T.contiguous()

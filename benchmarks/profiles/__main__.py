@@ -44,7 +44,6 @@ seed. A run that is cut off goes on where it was.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -197,10 +196,7 @@ def main() -> None:
     report.print_tables(found)
     if options.picture:
         report.draw(found, options.picture)
-    print(
-        f"\n{len(places)} problems ({options.seeds} seeds); torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread per run"
-    )
+    print(f"\n{len(places)} problems ({options.seeds} seeds); {command.machine()} per run")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MNIST hyper-cleaning for ``race.py``: the problem of ``cleaning.py`` with the MLP.
+"""MNIST hyper-cleaning for ``race.py``.
 
 A share of 5,000 labels is drawn anew, 1,000 images are clean; u is one logit per training image, v
 the parameters of a 784-300-10 network, batches of 200 for f and for g.
@@ -48,7 +48,7 @@ class Task:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.module = make_model("mlp", problem.seed)
+        self.module = make_model(problem, problem.seed)
         self.logits = torch.zeros(len(problem.labels), requires_grad=True)
         self.upper = [self.logits]
         self.lower = list(self.module.parameters())
@@ -113,7 +113,7 @@ def mnist_race(folder: Path | None, noises: tuple[float, ...]) -> RaceProblem:
         make=make,
         start=Task,
         look=look,
-        baselines=lambda problem: baselines("mlp", problem),
+        baselines=baselines,
         scores={"accuracy": "accuracy", "told_right": "told right", "auc": "AUC"},
         targets=tuple((name, s) for name in ("accuracy", "told_right") for s in (0.95, 0.995)),
         ended={"accuracy": "retrained"},

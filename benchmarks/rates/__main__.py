@@ -9,7 +9,6 @@ same counts, and the largest error over bound, which must not exceed 1.
 
 from __future__ import annotations
 
-import platform
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -106,10 +105,7 @@ def main() -> None:
     print("\n| panel | method | law | measured slope | slope of the law | worst error / bound |")
     print("|---|---|---|---|---|---|")
     print("\n".join(row(curve) for curves in panels.values() for curve in curves))
-    print(
-        f"\nfloat64; torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, 1 thread; {options.figure.name} drawn"
-    )
+    print(f"\nfloat64; {command.machine()}; {options.figure.name} drawn")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ A correction that halves the number of lower steps pays where the ratio is below
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -123,11 +122,8 @@ def main() -> None:
             f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {copies:.0f} | {gain:.2f} |",
             flush=True,
         )
-    where = torch.cuda.get_device_name() if options.device != "cpu" else platform.machine()
-    print(
-        f"\n{options.rounds} rounds, batch {options.batch}, {options.autocast}; torch "
-        f"{torch.__version__}, Python {platform.python_version()}, {where}, 1 thread"
-    )
+    where = command.machine(options.device)
+    print(f"\n{options.rounds} rounds, batch {options.batch}, {options.autocast}; {where}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from memory import changes, peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from examples.shared.memory import changes, peak_bytes
 
 Step = Callable[[], object]
 # The penalty's curvature probe: one more product in every so many steps.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import platform
 import statistics
 from typing import Any
 
@@ -104,10 +103,7 @@ def main() -> None:
     print("\n| problem | error | f - f* | g - min g | evaluations, median / max | ends |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))
-    print(
-        f"\n{options.starts} starts each; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread"
-    )
+    print(f"\n{options.starts} starts each; {command.machine()}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import collections
 import math
 import os
-import platform
 import statistics
 import warnings
 from collections.abc import Callable
@@ -219,6 +218,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="print where u goes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as every run's process does
     torch.set_default_dtype(torch.float64)
     names = options.names or list(testing.names())
     settings = options.steps, options.lr, options.schedule, options.beta2, options.trace
@@ -232,10 +232,7 @@ def main() -> None:
     print("|" + "---|" * 10)
     for name in names:
         print(row(name, [e for job, e in zip(jobs, ends, strict=True) if job.name == name]))
-    print(
-        f"\n{options.starts} starts each; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, 1 thread per run"
-    )
+    print(f"\n{options.starts} starts each; {command.machine()} per run")
 
 
 if __name__ == "__main__":

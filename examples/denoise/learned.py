@@ -13,6 +13,7 @@ from torch import Tensor
 from examples.denoise.formulation import Cleaning, penalty_optimizer
 from examples.denoise.problem import Problem
 from examples.denoise.rows import accuracy
+from examples.denoise.settings import Chosen
 from examples.shared.record import Line
 from examples.shared.run import Run
 from examples.shared.solvers import (
@@ -30,17 +31,17 @@ LOOKS = 12
 
 
 class Method(NamedTuple):
-    """How to start it, its rates, and the gradients and products of a step."""
+    """How to start it, and the gradients and products of a step."""
 
-    start: Callable[[Cleaning, Rates], Solver]
-    rates: Rates
+    start: Callable[..., Solver]
+    """Takes a ``Cleaning``, its rates, and options of the data set."""
     cost: Callable[[int], int]
     """Of the number of lower steps."""
 
 
-def ours(task: Cleaning, rates: Rates) -> Solver:
+def ours(task: Cleaning, rates: Rates, ridge: float = 0.0) -> Solver:
     """The optimizer and its loop body: draw batches, step."""
-    optimizer = penalty_optimizer(task, upper_lr=rates.upper, lower_lr=rates.lower)
+    optimizer = penalty_optimizer(task, rates.upper, rates.lower, ridge)
 
     def step() -> None:
         task.draw()
@@ -49,24 +50,19 @@ def ours(task: Cleaning, rates: Rates) -> Solver:
     return Solver(step, (optimizer,))
 
 
-# Rates by test accuracy of the running model on seeds 100 and 101 of MNIST, the MLP, 50 % noise.
+def torchopt(task: Cleaning, rates: Rates, ridge: float) -> Solver:
+    """Its implicit differentiation, by conjugate gradients."""
+    return implicit(task, rates, partial(conjugate_gradients, iterations=5, ridge=ridge))
+
+
 METHODS = {
-    "penalty": Method(ours, Rates(3e-3, 1.0, 1), lambda steps: 3),
-    # The published schedule with its rates: 3 on u' = u / 2.
-    "paper": Method(
-        partial(penalty, penalty="paper"), Rates(1e-4, 6.0, 20), lambda steps: 3 * steps
-    ),
+    "penalty": Method(ours, lambda steps: 3),
+    "paper": Method(partial(penalty, penalty="paper"), lambda steps: 3 * steps),
     "approx_grad": Method(
-        partial(hypergradient, method="approx_grad", inner_iterations=5),
-        Rates(3e-3, 0.3, 1),
-        lambda steps: steps + 8,
+        partial(hypergradient, method="approx_grad", inner_iterations=5), lambda steps: steps + 8
     ),
-    "torchopt": Method(
-        partial(implicit, solve=partial(conjugate_gradients, iterations=5, ridge=0.1)),
-        Rates(3e-3, 0.3, 1),
-        lambda steps: steps + 8,
-    ),
-    "higher": Method(unrolled, Rates(1e-3, 0.3, 5), lambda steps: 2 * steps + 1),
+    "torchopt": Method(torchopt, lambda steps: steps + 8),
+    "higher": Method(unrolled, lambda steps: 2 * steps + 1),
 }
 
 
@@ -77,19 +73,19 @@ class Learned(NamedTuple):
     line: Line
 
 
-def learn(name: str, task: Cleaning, rates: Rates, budget: int, run: Run) -> Learned:
+def learn(name: str, task: Cleaning, chosen: Chosen, budget: int, run: Run) -> Learned:
     """One method until its budget is spent, both rates falling to 0 along a cosine.
 
     Args:
         name: of the method.
         task: u = 0 and the first v.
-        rates: of the method.
+        chosen: rates and options of the method.
         budget: gradients and products.
         run: shows and keeps what happens.
     """
-    method = METHODS[name]
+    method, rates = METHODS[name], chosen.rates
     steps = max(1, budget // method.cost(rates.lower_steps))
-    solver = method.start(task, rates)
+    solver = method.start(task, rates, **chosen.options)
     path: list[Line] = []
     looks = {round(steps * (n + 1) / LOOKS) for n in range(LOOKS)} | {steps}
     kept = (task.module, task.weights, *solver.rules, path)

@@ -47,10 +47,15 @@ def section(content: Line) -> str:
     wrong = {"uniform": "any other class", "pair": "the next class"}[run["flip"]]
     return (
         f"{run['dataset']}, {run['model']}: {run['train']:,} images, {run['noise']:.0%} of them "
-        f"with a wrong label ({wrong}), {run['clean']:,} clean ones.\n\n"
+        f"with a wrong label ({wrong}), {run['clean']:,} clean ones.{_epochs(run)}\n\n"
         f"{table(by_method(content['runs']))}\n\n"
         f"{published(run)}"
     )
+
+
+def _epochs(run: Line) -> str:
+    share = run.get("epochs_share", 1)
+    return "" if share == 1 else f" Plain trainings took {share:g} of their usual epochs."
 
 
 def published(run: Line) -> str:

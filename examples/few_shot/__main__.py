@@ -41,8 +41,8 @@ from examples.shared.run import Run
 DEFAULT = ("penalty", "maml", "prototypes")
 SMOKE = {"width": 8, "meta_batch": 2, "test_tasks": 4, "budget": 1, "queries": 5}
 KEYS = (
-    *("dataset", "ways", "shots", "queries", "encoder", "width", "head", "meta_batch"),
-    *("test_tasks", "validation", "budget"),
+    *("dataset", "ways", "shots", "queries", "train_queries", "encoder", "width", "head"),
+    *("meta_batch", "test_tasks", "validation", "budget"),
 )
 
 
@@ -53,11 +53,12 @@ def parse() -> argparse.Namespace:
     add("--dataset", choices=("omniglot", "miniimagenet"), default="omniglot", help="(omniglot)")
     add("--ways", type=int, default=5, help="classes of a task (5)")
     add("--shots", type=int, default=1, help="images of each to fit a head (1)")
-    add("--queries", type=int, default=15, help="images of each to judge it (15)")
+    add("--queries", type=int, default=15, help="images of each that judge it in a test (15)")
+    add("--train-queries", type=int, default=5, help="in training (5; published: 15)")
     add("--encoder", choices=("conv4", "resnet"), default="conv4", help="(conv4)")
     add("--width", type=int, help="channels of conv4 (64; mini-ImageNet: 32)")
     add("--head", choices=("linear", "cosine"), default="linear", help="of bilevel rows (linear)")
-    add("--meta-batch", type=int, default=4, help="tasks per u-step (4; published: 30)")
+    add("--meta-batch", type=int, default=10, help="tasks per u-step (10; published: 30)")
     add("--test-tasks", type=int, default=600, help="tasks of unseen classes (600)")
     add("--validation", action="store_true", help="test on classes for choosing knobs")
     command.add_common(parser, NAMES, DEFAULT, 25, "seconds", seeds=1)
@@ -65,7 +66,7 @@ def parse() -> argparse.Namespace:
     options.width = options.width or (64 if options.dataset == "omniglot" else 32)
     if options.smoke:
         vars(options).update(SMOKE)
-    for name in ("ways", "shots", "queries", "width", "meta_batch", "test_tasks"):
+    for name in ("ways", "shots", "queries", "train_queries", "width", "meta_batch", "test_tasks"):
         if getattr(options, name) < (2 if name in ("ways", "test_tasks") else 1):
             parser.error(f"--{name.replace('_', '-')} is too small: {getattr(options, name)}")
     return options
@@ -88,6 +89,8 @@ class Rows:
         self.split = problem.load(options.dataset, options.data_dir, options.validation)
         self.size = problem.Size(options.ways, options.shots, options.queries)
         problem.check(self.split, self.size, options.meta_batch)
+        learning = self.size._replace(queries=options.train_queries)
+        problem.check(self.split, learning, options.meta_batch)
         self.experiment = experiment
 
     def __call__(self, line: Line, run: Run) -> Line:

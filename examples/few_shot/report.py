@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.few_shot.problem import Size
+from examples.results.published import FEW_SHOT, OMNIGLOT, sentences
 from examples.shared.experiment import by_method
 from examples.shared.record import Line
 from examples.shared.table import markdown, spread
@@ -22,22 +23,32 @@ def section(content: Line) -> str:
     encoder = f"conv4 of {run['width']} channels" if run["encoder"] == "conv4" else "the ResNet"
     return (
         f"{run['dataset']}, {run['ways']}-way {run['shots']}-shot, {run['queries']} query images "
-        f"per class, {encoder}, {run['head']} heads; {run['meta_batch']} tasks per meta-iteration, "
+        f"per class ({run['train_queries']} in training), {encoder}, {run['head']} heads; "
+        f"{run['meta_batch']} tasks per meta-iteration, "
         f"{run['budget']} s per method; {run['test_tasks']} test tasks"
         f"{' of the classes for choosing knobs' if run['validation'] else ''}.\n\n"
-        f"{table(by_method(content['runs']))}"
+        f"{table(by_method(content['runs']))}\n\n"
+        f"{published(run)}"
     )
+
+
+def published(run: Line) -> str:
+    """Others' results on this kind of task, full size."""
+    found = FEW_SHOT.get((run["dataset"], run["ways"], run["shots"]), [])
+    return sentences([*found, OMNIGLOT] if run["dataset"] == "omniglot" else found)
 
 
 def table(results: dict[str, list[Line]]) -> str:
     """Medians (ranges) over the seeds in Markdown; intervals are those over tasks."""
     header = ["method", "accuracy alone", "±", "transductive", "±"]
-    header += ["meta-iterations", "lower steps of each", "seconds"]
+    header += ["meta-iterations", "lower steps of each", "seconds", "MB of one"]
     formats = {
         **{"alone": "{:.2%}", "alone_interval": "{:.2%}"},
         **{"transductive": "{:.2%}", "transductive_interval": "{:.2%}"},
-        **{"steps": "{:.0f}", "lower_steps": "{:.1f}", "seconds": "{:.0f}"},
+        **{"steps": "{:.0f}", "lower_steps": "{:.1f}", "seconds": "{:.0f}", "megabytes": "{:.0f}"},
     }
+    for run in (run for runs in results.values() for run in runs):
+        run["megabytes"] = run["peak_bytes"] / 1e6
     rows = {
         name: [spread([run[key] for run in runs], of.format) for key, of in formats.items()]
         for name, runs in results.items()

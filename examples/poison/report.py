@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 from torch import Tensor
 
+from examples.results.published import POISON, sentences
 from examples.shared.experiment import by_method
 from examples.shared.record import Line
 from examples.shared.table import markdown, spread
@@ -60,7 +61,9 @@ def section(content: Line) -> str:
         f"{run['attack']}: {WANTED[run['attack']]}. Poisons: {run['poisons']:,}; {size}; "
         f"seeds: {seeds}."
     )
-    return f"{facts}\n\n{table(run['attack'], results)}"
+    found = POISON.get(run["attack"])
+    published = sentences([found]) if found else "No published number was found for this attack."
+    return f"{facts}\n\n{table(run['attack'], results)}\n\n{published}"
 
 
 def with_increase(results: dict[str, list[Line]]) -> dict[str, list[Line]]:

@@ -66,7 +66,6 @@ SMALL = {
     "benchmarks.speed.correction": "--sizes 1e3 --batch 8 --rounds 2",
     "benchmarks.speed.overhead": "--rounds 1",
     "examples.data_parallel": "--steps 3",
-    "examples.denoise_digits": "--seeds 1 --steps 5 --output {}/picture.png",
     "examples.results": "--runs {}/runs --page {}/page.md",
     "examples.synthetic": "--smoke --out {}/out",
 }

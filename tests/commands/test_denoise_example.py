@@ -5,35 +5,20 @@ import sys
 
 import pytest
 import torch
+from denoising import problem, shapes
 from torch.nn.functional import cross_entropy
 
-from examples.data.images import LabelledImages
 from examples.denoise import __main__ as denoise
-from examples.denoise.formulation import Cleaning, penalty_optimizer
+from examples.denoise.formulation import Cleaning, decay, penalty_optimizer
 from examples.denoise.learned import METHODS, learn, score
-from examples.denoise.problem import Problem, make_model, make_problem
+from examples.denoise.problem import Problem, load, make_model, make_problem
 from examples.denoise.report import section, with_gap
-from examples.denoise.rows import ROWS, accuracy, fit
+from examples.denoise.rows import accuracy, fit
+from examples.denoise.settings import DIGITS, MNIST, SETTINGS
 from examples.shared import solvers
 from examples.shared.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-def shapes(count, seed, side=28, channels=1):
-    """Ten classes: a bright square of 5 x 5 whose place is the class, on noise."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 90, (count, channels, side, side), generator=generator)
-    labels = torch.arange(count) % 10
-    for image, label in zip(images, labels.tolist(), strict=True):
-        row, column = divmod(label, 5)
-        image[:, 5 + 12 * row : 10 + 12 * row, 2 + 5 * column : 6 + 5 * column] += 150
-    return LabelledImages(images.to(torch.uint8), labels)
-
-
-def problem(seed=0, *, model="linear", flip="uniform", train=400, clean=100, noise=0.5, **sizes):
-    data = shapes(700, 0, **sizes), shapes(300, 1, **sizes)
-    return make_problem(data, seed, model=model, train=train, clean=clean, noise=noise, flip=flip)
 
 
 class TestProblem:
@@ -81,6 +66,21 @@ class TestProblem:
         expected = 0.2989 * red + 0.5870 * green + 0.1140 * blue
         torch.testing.assert_close(grey[:, 0], expected, rtol=1e-5, atol=1e-6)
 
+    def test_digits_are_pixels_of_0_to_16_and_what_is_left_is_for_tests(self):
+        sklearn = pytest.importorskip("sklearn.datasets")
+        rows, labels = sklearn.load_digits(return_X_y=True)
+        data = load("digits", None)
+        found = make_problem(data, 0, model="tanh", train=1000, clean=30, noise=0.5, flip="uniform")
+        assert len(found.test_labels) == len(labels) - 1030
+        images = torch.cat([found.clean_images, found.images, found.test_images])
+        truth = torch.cat([found.clean_labels, found.truth, found.test_labels])
+        seen = torch.cat([(16 * images.flatten(1)).round(), truth[:, None]], 1)
+        given = torch.cat([torch.tensor(rows), torch.tensor(labels)[:, None]], 1)
+        assert sorted(seen.tolist()) == sorted(given.tolist())
+        assert [p.numel() for p in make_model(found, 0).parameters()] == [4096, 64, 640, 10]
+        with pytest.raises(SystemExit, match="more than the 1797 images"):
+            make_problem(data, 0, model="tanh", train=1767, clean=30, noise=0.5, flip="uniform")
+
 
 class TestFormulation:
     def test_losses_by_hand(self):
@@ -100,6 +100,12 @@ class TestFormulation:
         torch.testing.assert_close(task.lower_loss(), (w * losses).sum() / w.sum() + 0.2 * f)
         task.clean_share = 0.0
         torch.testing.assert_close(task.lower_loss(), (w * losses).sum() / w.sum())
+        task.decay = 0.7
+        length = sum(p.square().sum() for p in task.module.parameters())
+        expected = (w * losses).sum() / w.sum() + 0.35 * length
+        torch.testing.assert_close(task.lower_loss(), expected)
+        doubled = tuple(2 * p.detach() for p in task.lower)
+        torch.testing.assert_close(decay(doubled, 0.7), 1.4 * length)
 
     def test_at_other_values_without_touching_its_own(self):
         task, other = (Cleaning(problem(seed=seed), 0.2) for seed in (0, 0))
@@ -124,28 +130,8 @@ class TestFormulation:
         assert score(task.weights().detach(), task.problem)["auc"] > 0.9
 
 
-class TestRows:
-    def test_scores_by_hand(self):
-        found = problem()
-        assert score(ROWS["oracle"](found), found) == {"told_right": 1.0, "auc": 1.0}
-        assert score(ROWS["noisy"](found), found) == {"told_right": 0.5, "auc": 0.5}
-        assert score(1 - ROWS["oracle"](found), found) == {"told_right": 0.0, "auc": 0.0}
-
-    def test_what_is_not_kept_is_not_seen(self):
-        found = problem()
-        changed = found._replace(
-            images=torch.where(found.is_right[:, None, None, None], 1, 0) * found.images
-        )
-        models = [fit(p, p.is_right, "oracle", epochs=60) for p in (found, changed)]
-        for p, q in zip(*(m.parameters() for m in models), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=0)
-        assert accuracy(models[0], found.test_images, found.test_labels) > 0.9
-
-    def test_filters_keep_what_a_model_agrees_with(self):
-        found = problem()
-        kept = ROWS["agreement"](found)
-        assert score(kept, found)["told_right"] > 0.9
-        assert set(kept.unique().tolist()) == {0.0, 1.0}
+def test_every_data_set_says_the_rates_of_every_method():
+    assert all(setting.methods.keys() == METHODS.keys() for setting in SETTINGS.values())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -153,18 +139,19 @@ def test_every_method_takes_what_its_steps_cost(name, tmp_path):
     """Ours count; the others' steps are as many as the budget pays for."""
     if name in ("torchopt", "higher"):
         pytest.importorskip(name)
-    method = METHODS[name]
+    method, chosen = METHODS[name], MNIST.methods[name]
+    rates = chosen.rates
     torch.manual_seed(0)
     task = Cleaning(problem(), 0.2)
     before = [p.detach().clone() for p in (*task.upper, *task.lower)]
     run = Run({"method": name, "seed": 0}, tmp_path, torch.device("cpu"))
-    budget = 3 * method.cost(method.rates.lower_steps) + 1
-    learned = learn(name, task, method.rates, budget, run)
+    budget = 3 * method.cost(rates.lower_steps) + 1
+    learned = learn(name, task, chosen, budget, run)
     assert learned.line["steps"] == 3
     assert learned.line["path"][-1]["step"] == 3
     pairs = zip(before, (*task.upper, *task.lower), strict=True)
     assert all(not torch.equal(old, new) for old, new in pairs)
-    solver = method.start(task, method.rates)
+    solver = method.start(task, rates, **chosen.options)
     metrics = getattr(solver.rules[0], "metrics", None)
     if metrics is not None:
         solver.step()
@@ -172,11 +159,7 @@ def test_every_method_takes_what_its_steps_cost(name, tmp_path):
         solver.step()
         cost = solver.rules[0].metrics.gradient_evaluations - first
         # The default adds a product where it looks at the curvature of H.
-        assert (
-            method.cost(method.rates.lower_steps)
-            <= cost
-            <= 4 / 3 * method.cost(method.rates.lower_steps)
-        )
+        assert method.cost(rates.lower_steps) <= cost <= 4 / 3 * method.cost(rates.lower_steps)
 
 
 def test_rates_fall_along_a_cosine():
@@ -216,3 +199,48 @@ def test_a_small_run_leaves_all_that_it_promises(tmp_path, monkeypatch, capsys):
         assert learned["path"][-1]["accuracy"] == learned["running"] > 0.5
     assert (tmp_path / "out" / "denoise.png").stat().st_size > 10_000
     assert list((tmp_path / "out" / "events").iterdir())
+
+
+def test_a_share_of_the_epochs_is_recorded_where_it_is_not_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(denoise, "load", lambda dataset, folder: (shapes(400, 0), shapes(200, 1)))
+    taken = []
+
+    def watched(problem, kept, row, how):
+        taken.append(how.epochs_of(row))
+        return fit(problem, kept, row, how)
+
+    monkeypatch.setattr(denoise, "fit", watched)
+    words = ["denoise", "--smoke", "--out", str(tmp_path / "out"), "--method", "validation"]
+    for more, share in ([], None), (["--epochs-share", "0.3"], 0.3):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        denoise.main()
+        content = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert content["runs"][0]["run"].get("epochs_share") == share
+        assert ("0.3 of their usual epochs" in capsys.readouterr().out) == (share is not None)
+    assert taken == [100, 30]
+    for bad in ("0", "1.1", "nan"):
+        monkeypatch.setattr(sys, "argv", [*words, "--epochs-share", bad])
+        with pytest.raises(SystemExit):
+            denoise.main()
+        assert "--epochs-share must lie in (0, 1]" in capsys.readouterr().err
+
+
+def test_learned_weights_beat_the_clean_digits(tmp_path):
+    """One seed that chose nothing: the demo's promise, with room for another torch."""
+    data = load("digits", None)
+    found = make_problem(data, 0, model="tanh", train=1000, clean=30, noise=0.5, flip="uniform")
+    torch.manual_seed(0)
+    task = Cleaning(found, DIGITS.clean_share, DIGITS.decay, DIGITS.batch)
+    run = Run({"method": "penalty", "seed": 0}, tmp_path, torch.device("cpu"))
+    learned = learn("penalty", task, DIGITS.methods["penalty"], DIGITS.budget, run)
+    alone = fit(found, torch.zeros_like(found.is_right), "validation", DIGITS.training)
+    lead = learned.line["running"] - accuracy(alone, found.test_images, found.test_labels)
+    assert lead > 0.03
+    assert score(learned.weights, found)["told_right"] > 0.85
+
+
+def test_a_network_too_large_for_the_digits_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["denoise", "--dataset", "digits", "--model", "cnn"])
+    with pytest.raises(SystemExit):
+        denoise.main()
+    assert "--model cnn needs images of 28 x 28" in capsys.readouterr().err

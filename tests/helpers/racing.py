@@ -12,12 +12,15 @@ from examples.tune_l2 import problem as l2_rows
 def mnist_task():
     """Twelve and ten random images; every batch is all of them, in another order."""
     generator = torch.Generator().manual_seed(0)
-    images, clean, tests = (torch.rand(n, 784, generator=generator) for n in (12, 10, 8))
+    images, clean, tests = (
+        torch.rand(n, 784, generator=generator).reshape(n, 1, 28, 28) for n in (12, 10, 8)
+    )
     labels, clean_labels, test_labels = (
         torch.randint(10, (n,), generator=generator) for n in (12, 10, 8)
     )
     truth = torch.where(torch.arange(12) < 6, labels, (labels + 1) % 10)
-    problem = Problem(images, labels, truth, clean, clean_labels, tests, test_labels, seed=3)
+    tested = tests, test_labels
+    problem = Problem(images, labels, truth, clean, clean_labels, *tested, model="mlp", seed=3)
     return mnist.Task(problem)
 
 

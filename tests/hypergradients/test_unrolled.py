@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from hypergradient_runs import UNROLLED
-from memory import peak_bytes
 from problems import normal
 from torch import Tensor
 from torch.testing import assert_close
 
+from examples.shared.memory import peak_bytes
 from torch_penalty_bilevel import BilevelWarning
 from torch_penalty_bilevel.functional import hypergradient
 

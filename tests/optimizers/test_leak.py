@@ -8,11 +8,11 @@ import weakref
 import pytest
 import torch
 from classifying import classification, network
-from memory import kept_bytes
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
+from examples.shared.memory import kept_bytes
 from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
 
 # The penalty's curvature probe comes once in 20 steps: whole periods compare like with like.

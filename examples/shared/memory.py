@@ -1,14 +1,25 @@
-"""What torch's CPU allocator held, from its own events."""
+"""What torch's allocators held: the CPU's from its own events, a GPU's from its counters."""
 
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
+def peak_on(device: torch.device, run: Callable[[], Any]) -> int:
+    """The most bytes that were allocated at once inside ``run``, above what there was before."""
+    if device.type != "cuda":
+        return peak_bytes(run)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that was allocated at once inside ``run``, above what there was before."""
+    """``peak_on`` the CPU."""
     return max(accumulate(changes(run), initial=0))
 
 
