@@ -22,9 +22,10 @@ from torch_penalty_bilevel.evaluation import Norms
 from torch_penalty_bilevel.functional import hypergradient
 from torch_penalty_bilevel.hypergradients import MethodOptions
 from torch_penalty_bilevel.multipliers import Watch
-from torch_penalty_bilevel.penalties import Losses, one_worker
+from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.tensors import Pair
 from torch_penalty_bilevel.undo.repeats import check_repeats
+from torch_penalty_bilevel.workers import ALONE
 
 
 def leaf(*values):
@@ -33,7 +34,7 @@ def leaf(*values):
 
 def implicit(g, v, engine=None):
     losses = Losses(lambda u, v: v[0].sum(), lambda u, v: g(v[0]))
-    return ImplicitProblem(losses, Pair((leaf(0.0),), (v,)), engine or DoubleBackward(), one_worker)
+    return ImplicitProblem(losses, Pair((leaf(0.0),), (v,)), engine or DoubleBackward(), ALONE)
 
 
 # Rules.
@@ -156,7 +157,7 @@ def test_an_adjoint_that_least_squares_did_not_reach_is_no_number():
         lambda u, v: u[0].sum() + v[0].sum(),
         lambda u, v: (H * v[0].square()).sum() / 2 + (u[0] * v[0]).sum(),
     )
-    problem = ImplicitProblem(losses, Pair((u,), (v,)), DoubleBackward(), one_worker)
+    problem = ImplicitProblem(losses, Pair((u,), (v,)), DoubleBackward(), ALONE)
     lost = implicit_hypergradient(problem, MethodOptions(max_iterations=1), 1e-10)
     assert lost.solution.value[0].isnan().all()
     assert lost.hypergradient[0].isnan().all()

@@ -15,6 +15,7 @@ from .errors import DoubleBackwardError as DoubleBackwardError
 from .errors import NondeterministicClosureError as NondeterministicClosureError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import UnusedParameterError as UnusedParameterError
+from .errors import WorkerError as WorkerError
 from .metrics import Metrics as Metrics
 from .multipliers import EpsilonTest as EpsilonTest
 from .multipliers import LeastSquares as LeastSquares
@@ -48,6 +49,7 @@ __all__ = [
     "Stationarity",
     "UnusedParameterError",
     "ValueGap",
+    "WorkerError",
     "constraints",
     "functional",
     "minimize",

@@ -62,6 +62,10 @@ class NondeterministicClosureError(BilevelError):
     """Two evaluations of a closure at one point disagree, so a difference of them is noise."""
 
 
+class WorkerError(BilevelError):
+    """Another of the workers that share this problem failed; nothing was changed on any."""
+
+
 class BilevelWarning(RuntimeWarning):
     """The computation went on, but a result deserves a second look."""
 
@@ -73,10 +77,10 @@ _INSIDE = (
 )
 
 
-def warn(message: str) -> None:
-    """A ``BilevelWarning`` at the line of the user's that led here, however deep this is."""
+def warn(message: str, category: type[Warning] = BilevelWarning) -> None:
+    """A warning at the line of the user's that led here, however deep this is."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, BilevelWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

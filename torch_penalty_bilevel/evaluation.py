@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -67,6 +68,8 @@ class Evaluation(NamedTuple):
     """The critical face of u."""
     upper_values: Tensors = ()
     """h of each upper inequality."""
+    upper_used: Tensors = ()
+    """(share of workers whose losses depend on it, for each of u,); () with one worker."""
 
 
 class Norms(NamedTuple):
@@ -88,7 +91,8 @@ class Norms(NamedTuple):
     """For each lower tensor: are r, grad_v f and H q exactly zero, as where no loss uses it?"""
     inner_products: tuple[float, ...] = ()
     """Of ``evaluation.subspace``, row by row; not looked at for infinities."""
-
+    upper_used: tuple[float, ...] = ()
+    """Of the evaluation."""
     asked: float = 0.0
     """||grad_v f|| here, or where that is 0 when it was last above."""
 
@@ -130,7 +134,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int, asked: floa
     """
     upper = {n: g for n, g in zip(names, evaluation.upper_grad, strict=True) if g is not None}
     # In the order in which they are found: the first that is not finite is named.
-    numbers, inner_products = _on_host(
+    numbers, others = _on_host(
         {
             "upper loss f": (evaluation.upper_loss,),
             "lower loss g": (evaluation.lower_loss,),
@@ -146,8 +150,11 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int, asked: floa
             "curvature <q, H q>": evaluation.curvature_terms,
             **{f"hypergradient of {n!r}": (g,) for n, g in upper.items()},
         },
-        () if evaluation.subspace is None else (evaluation.subspace.inner_products,),
+        *(() if evaluation.subspace is None else (evaluation.subspace.inner_products,)),
+        *evaluation.upper_used,
     )
+    used = others[-1] if evaluation.upper_used else ()
+    inner_products = () if evaluation.subspace is None else others[0]
     curvature = sum(numbers["curvature <q, H q>"])
     totals = {label: math.hypot(*parts) for label, parts in numbers.items()}
     for label, value in totals.items():
@@ -174,6 +181,7 @@ def measure(evaluation: Evaluation, names: Sequence[str], step: int, asked: floa
         tracker,
         silent=_silent(numbers),
         inner_products=inner_products,
+        upper_used=used,
         asked=slope if slope > 0 else asked,
     )
 
@@ -184,9 +192,9 @@ def _silent(numbers: dict[str, list[float]]) -> tuple[bool, ...]:
 
 
 def _on_host(
-    blocks: dict[str, Tensors], matrices: Tensors
-) -> tuple[dict[str, list[float]], tuple[float, ...]]:
-    """Each block's 0-d tensors and norms of vectors, and the entries of ``matrices``, as numbers.
+    blocks: dict[str, Tensors], *matrices: Tensor
+) -> tuple[dict[str, list[float]], list[tuple[float, ...]]]:
+    """Each block's 0-d tensors and norms of vectors, and the entries of each of ``matrices``.
 
     One transfer for all.
     """
@@ -197,8 +205,8 @@ def _on_host(
         flat = [t.to(flat[0].device, torch.float64) for t in flat]
     found = torch.stack(flat)
     if matrices:
-        wide = found.to(matrices[0].dtype)
+        wide = found.to(torch.promote_types(found.dtype, matrices[0].dtype))
         found = torch.cat([wide, *(m.to(wide).reshape(-1) for m in matrices)])
     numbers = iter(found.tolist())
     named = {label: [next(numbers) for _ in block] for label, block in blocks.items()}
-    return named, tuple(numbers)
+    return named, [tuple(itertools.islice(numbers, m.numel())) for m in matrices]

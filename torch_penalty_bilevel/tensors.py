@@ -8,9 +8,10 @@ so nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -66,6 +67,11 @@ def zeros_for(parameters: Sequence[Tensor]) -> Tensors:
 def clones(tensors: Sequence[Tensor]) -> Tensors:
     """Detached copies."""
     return tuple(t.detach().clone() for t in tensors)
+
+
+def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy in place, shards alike into shards; the caller says whether autograd listens."""
+    torch._foreach_copy_([local(t) for t in targets], [local(v) for v in values])
 
 
 def placed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
@@ -154,8 +160,12 @@ def cast_like(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensors:
 def norms(tensors: Sequence[Tensor]) -> Tensors:
     """Euclidean norm of each tensor, 0-d, accumulated in at least float32."""
     dtype = accumulation_dtype(tensors)
-    dense = tuple(t if t.layout == torch.strided else t.coalesce().values() for t in tensors)
-    return tuple(torch._foreach_norm(dense, 2, dtype=dtype)) if dense else ()
+    dense = tuple(local(t if t.layout == torch.strided else t.coalesce().values()) for t in tensors)
+    found = tuple(torch._foreach_norm(dense, 2, dtype=dtype)) if dense else ()
+    if not any(map(is_sharded, tensors)):
+        return found
+    squares = over_shards(tensors, tuple(n.double().square() for n in found))
+    return tuple(s.sqrt().to(dtype) for s in squares)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -170,11 +180,12 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
     """Inner product of each pair, 0-d, accumulated in at least float32."""
     dtype = accumulation_dtype((*left, *right))
     flat = [
-        (t if t.layout == torch.strided else t.to_dense()).reshape(-1).to(dtype)
+        local(t if t.layout == torch.strided else t.to_dense()).reshape(-1).to(dtype)
         for t in (*left, *right)
     ]
     n = len(left)
-    return tuple(torch.dot(a, b) for a, b in zip(flat[:n], flat[n:], strict=True))
+    pairs = zip(flat[:n], flat[n:], strict=True)
+    return over_shards(left, tuple(torch.dot(a, b) for a, b in pairs))
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -192,11 +203,58 @@ def gram(vectors: Sequence[Tensors]) -> Tensor:
     of large vectors.
     """
     total: Tensor | None = None
-    for rows in _side_by_side(vectors):
-        wide = rows.double() if rows.is_cuda else rows  # TF32 would round the factors
-        part = wide @ wide.T
-        total = part if total is None else total + part.to(total)
+    for layout, places in _by_layout(vectors[0]).items():
+        of_layout = [tuple(local(v[place]) for place in places) for v in vectors]
+        for rows in _side_by_side(of_layout):
+            wide = rows.double() if rows.is_cuda else rows  # TF32 would round the factors
+            part = _summed(wide @ wide.T, layout)
+            total = part if total is None else total + part.to(total)
     return torch.zeros(len(vectors), len(vectors)) if total is None else total
+
+
+# Sharded tensors (``DTensor``): all that has to know of the other shards is here.
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Is it a ``DTensor``, of which every process holds a part?"""
+    kind = type(tensor)
+    return kind is not Tensor and kind is not torch.nn.Parameter and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this process holds, without a graph; of ordinary tensors all."""
+    held: Any = tensor
+    return held.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def over_shards(tensors: Sequence[Tensor], parts: Tensors) -> Tensors:
+    """Sums over all shards, where ``parts`` has a number of this process's shard of each."""
+    found = list(parts)
+    for layout, places in _by_layout(tensors).items():
+        if layout is not None:
+            summed = _summed(torch.stack([parts[place] for place in places]), layout)
+            for place, total in zip(places, summed.unbind(), strict=True):
+                found[place] = total
+    return tuple(found)
+
+
+def _by_layout(tensors: Sequence[Tensor]) -> dict[Any, list[int]]:
+    """Places of the tensors of each (mesh, placements); None for ordinary ones."""
+    found: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        held: Any = tensor
+        layout = (held.device_mesh, held.placements) if is_sharded(tensor) else None
+        found.setdefault(layout, []).append(place)
+    return found
+
+
+def _summed(numbers: Tensor, layout: Any) -> Tensor:
+    if layout is not None:
+        mesh, placements = layout
+        for dimension, placement in enumerate(placements):
+            if placement.is_shard():
+                dist.all_reduce(numbers, group=mesh.get_group(dimension))
+    return numbers
 
 
 _CACHED = 2**15

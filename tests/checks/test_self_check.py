@@ -15,6 +15,7 @@ from torch_penalty_bilevel import DoubleBackward, PenaltyBilevelOptimizer
 from torch_penalty_bilevel.checks.exact import ImplicitProblem
 from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.tensors import Pair
+from torch_penalty_bilevel.workers import ALONE, Workers
 
 
 @pytest.mark.parametrize("penalty", ["stationarity", "paper"])
@@ -194,7 +195,10 @@ def test_the_lower_solver_averages_over_workers():
     u, v = leaf(0.3), leaf(0.4)
     losses = Losses(lambda u, v: v[0].sum(), lambda u, v: (v[0] - u[0]).square().sum())
     problem = ImplicitProblem(
-        losses, Pair((u,), (v,)), DoubleBackward(), lambda tensors: tuple(3 * t for t in tensors)
+        losses,
+        Pair((u,), (v,)),
+        DoubleBackward(),
+        Workers(lambda tensors: tuple(3 * t for t in tensors)),
     )
     value, gradient = problem._lower_gradient()
     assert float(value) == pytest.approx(3 * 0.01)
@@ -205,7 +209,7 @@ def test_solved_values_put_both_levels_back():
     """Of several minimisers every slope has to find the same: all start from one v."""
     u, v = leaf(0.3), leaf(0.4)
     losses = Losses(lambda u, v: v[0].sum(), lambda u, v: (v[0] - u[0]).square().sum())
-    problem = ImplicitProblem(losses, Pair((u,), (v,)), DoubleBackward(), lambda tensors: tensors)
+    problem = ImplicitProblem(losses, Pair((u,), (v,)), DoubleBackward(), ALONE)
     for shift in (0.1, -0.1):
         value, error = problem.solved_value((torch.tensor(shift),))
         assert value == pytest.approx(0.3 + shift, rel=1e-12)

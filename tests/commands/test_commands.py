@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from forking import Nursery
@@ -61,6 +65,7 @@ SMALL = {
     "benchmarks.suite.optimizer": "feature_ridge --starts 1 --steps 5 --jobs 1",
     "benchmarks.speed.correction": "--sizes 1e3 --batch 8 --rounds 2",
     "benchmarks.speed.overhead": "--rounds 1",
+    "examples.data_parallel": "--steps 3",
     "examples.results": "--runs {}/runs --page {}/page.md",
     "examples.synthetic": "--smoke --out {}/out",
 }
@@ -109,6 +114,25 @@ def test_the_guide_comes_to_its_solution(nursery, command, tmp_path):
     found, wanted = run(nursery, command, "", tmp_path).removeprefix("u = ").split(", should be ")
     pairs = zip(json.loads(found), json.loads(wanted), strict=True)
     assert all(abs(a - b) < 1e-3 for a, b in pairs)
+
+
+def test_two_processes_end_where_one_does():
+    """``torchrun``, as its text shows."""
+    words = "-m torch.distributed.run --standalone --nproc-per-node 2 -m examples.data_parallel"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, *words.split(), "--steps", "4"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    gaps = re.findall(r"differ by (\S+), the network by (\S+)\n", ended.stdout)[0]
+    assert ended.stdout.startswith("2 processes")
+    assert max(map(float, gaps)) < 1e-5
 
 
 def test_the_speed_benchmarks_run_and_their_page_is_written(nursery, tmp_path):

@@ -4,7 +4,7 @@ FLOORS = (
     ("arguments", "errors", "pytrees", "tensors", "testing"),
     ("constraints", "linear_solve", "undo"),
     ("curvature", "evaluation", "nn"),
-    ("levels", "metrics", "multipliers", "newton"),
+    ("levels", "metrics", "multipliers", "newton", "workers"),
     ("penalties",),
     ("adapters", "hypergradients"),
     ("checks", "functional"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..constraints import NO_FACES, Face, Faces, Inequality, LowerPoint, Projection
+from ..constraints import NO_FACES, Face, Faces, Inequality, LowerPoint, Projection, everywhere
 from ..curvature import Loss
 from ..evaluation import Evaluation
 from ..levels import Level, names, parameters
@@ -17,6 +17,7 @@ from ..multipliers import DualState, MultiplierRule
 from ..penalties import Losses, Penalty, Reduce
 from ..tensors import Pair, Tensors, placed, zeros_for
 from ..undo.random_state import RandomState
+from ..workers import Workers, scalar
 
 Constraint: TypeAlias = Projection | Inequality
 
@@ -137,17 +138,19 @@ class ConstrainedLevel:
         shifted = (multiplier + inequality.weight * h).clamp(min=0)
         return (shifted.square() - multiplier.square()).sum() / (2 * inequality.weight)
 
-    def restricted(self, evaluation: Evaluation, at: Pair, reduce: Reduce) -> Evaluation:
-        """An upper evaluation with the plain f, h, and the gradient in the critical face's span."""
-        upper_loss, values = self._seen or (evaluation.upper_loss, ())
-        self._seen = None
+    def restricted(self, evaluation: Evaluation, at: Pair) -> Evaluation:
+        """An upper evaluation with the gradient in the critical face's span."""
         face = self.faces(at.upper, evaluation.upper_grad)
-        return evaluation._replace(
-            upper_loss=upper_loss,
-            upper_grad=face.optional_tangent(evaluation.upper_grad),
-            upper_face=face,
-            upper_values=reduce(values) if values else (),
-        )
+        gradient = face.optional_tangent(evaluation.upper_grad)
+        return evaluation._replace(upper_grad=gradient, upper_face=face)
+
+    def seen(self, evaluation: Evaluation, reduce: Reduce) -> Evaluation:
+        """An upper evaluation with the plain f and h; once it is known to be finite."""
+        if self._seen is not None:
+            (loss, values), self._seen = self._seen, None
+            loss = scalar(reduce, loss, self.multipliers[0])
+            evaluation = evaluation._replace(upper_loss=loss, upper_values=reduce(values))
+        return evaluation
 
     def ascend(self, values: Tensors) -> None:
         """One step: mu <- mu + kappa (max(0, mu + rho h) - mu)."""
@@ -206,14 +209,7 @@ def _bare(value: Tensor) -> Tensor:
 
 
 class ConstrainedLevels:
-    """The constraints of both levels.
-
-    Args:
-        upper_constraint: what the user gave.
-        lower_constraint: likewise.
-        upper_rule: its parameters must start inside.
-        lower_rule: likewise.
-    """
+    """The constraints of both levels as the user gave them; parameters must start inside."""
 
     def __init__(
         self,
@@ -265,7 +261,7 @@ class ConstrainedLevels:
                     "optimizer built without it"
                 )
 
-    def start(self, losses: Losses, at: Pair, dual: DualState) -> DualState:
+    def start(self, losses: Losses, at: Pair, dual: DualState, workers: Workers) -> DualState:
         """Zero multipliers of the lower level where there are none yet, and room for z in ``dual``.
 
         Those of the upper level come with the first evaluation; z is a variable of it.
@@ -273,7 +269,9 @@ class ConstrainedLevels:
         if len(self.lower.multipliers) == len(losses.lower_values):
             return dual
         random = RandomState(p.device for p in (*at.upper, *at.lower))
-        self.lower.multipliers = zeros_for([h(*at).detach() for h in losses.lower_values])
+        below = losses.lower_values
+        values = workers.alike(lambda: [h(*at).detach() for h in below], at.lower[0])
+        self.lower.multipliers = zeros_for(values)
         random.restore()
         return dual.extended(self.lower.multipliers)
 
@@ -282,7 +280,7 @@ class ConstrainedLevels:
         return losses._replace(
             upper=self.upper.with_multipliers(losses.upper, losses.upper_values),
             lower=self.lower.with_multipliers(losses.lower, losses.lower_values),
-            lower_faces=self.lower.faces,
+            lower_faces=everywhere if self.lower.is_free else self.lower.faces,
         )
 
     def extended(self, at: Pair) -> Pair:

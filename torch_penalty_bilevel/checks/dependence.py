@@ -18,8 +18,9 @@ from ..curvature.double_backward import (
 from ..errors import DoubleBackwardError, NondeterministicClosureError
 from ..linear_solve import random_direction
 from ..penalties import Losses
-from ..tensors import OptionalTensors, Pair, Tensors, cast_like, norm
+from ..tensors import OptionalTensors, Pair, Tensors, cast_like, is_sharded, norm
 from ..undo.random_state import RandomState
+from ..workers import Workers
 
 
 class Dependence(NamedTuple):
@@ -62,7 +63,8 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     responds = [False] * len(at.upper)
     if differences:
         responds = _responds(watched, at, engine.in_use).upper
-        if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
+        complete = all(d or r for d, r in zip(in_upper_loss, responds, strict=True))
+        if (complete and any(responds)) or any(map(is_sharded, at.lower)):
             return Dependence(in_upper_loss, responds, in_lower_loss)
     random = RandomState(p.device for p in (*at.upper, *at.lower))
     try:
@@ -81,6 +83,16 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
             responds = _responds(losses.lower, at, _one_sided()).upper
     in_residual = [a or b for a, b in zip(reached, responds, strict=True)]
     return Dependence(in_upper_loss, in_residual, [r is not None for r in residual])
+
+
+def shared_dependence(
+    losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature, workers: Workers
+) -> Dependence:
+    """``dependence`` of the losses of any worker; raises on all of them what it raises on one."""
+    none = Dependence([False] * len(at.upper), [False] * len(at.upper), [False] * len(at.lower))
+    own = workers.attempt(lambda: dependence(losses, at, lower_is_map, engine), lambda: none)
+    flags = iter(workers.agreed([flag for part in own for flag in part], at.lower[0]))
+    return Dependence(*([next(flags) for _ in part] for part in own))
 
 
 def _beyond(

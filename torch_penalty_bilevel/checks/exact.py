@@ -15,8 +15,9 @@ from torch import Tensor
 from ..curvature import Curvature
 from ..hypergradients import Linear, LocalProblem, MethodOptions, Upper, solve_adjoint
 from ..linear_solve import Solution, conjugate_gradient
-from ..penalties import Losses, Reduce
+from ..penalties import Losses
 from ..tensors import (
+    OptionalTensors,
     Pair,
     Tensors,
     add,
@@ -28,6 +29,7 @@ from ..tensors import (
     norm,
     scale,
 )
+from ..workers import Workers
 
 
 class ImplicitProblem(LocalProblem):
@@ -37,15 +39,16 @@ class ImplicitProblem(LocalProblem):
         losses: f and g.
         at: leaves that require grad. ``solve_lower`` moves ``at.lower`` in place.
         engine: second-order products.
-        reduce: averages a tuple of tensors over the workers.
+        workers: that share the problem.
     """
 
-    def __init__(self, losses: Losses, at: Pair, engine: Curvature, reduce: Reduce) -> None:
-        super().__init__(losses, at, engine, reduce=reduce)
+    def __init__(self, losses: Losses, at: Pair, engine: Curvature, workers: Workers) -> None:
+        super().__init__(losses, at, workers.engine(engine), reduce=workers.reduce)
         # Which engine "auto" ends with shows at its first product: before any is counted on.
         if engine.falls_back and not engine.takes_differences:
-            linearised = engine.linearise(losses.lower, at)
+            linearised = self.engine.linearise(losses.lower, at)
             linearised.product(cast_like(linearised.residual, at.lower))
+            workers.agree_on(engine, at.lower[0])
 
     @property
     def engine_name(self) -> str:
@@ -102,7 +105,7 @@ class ImplicitProblem(LocalProblem):
         before = Pair(clones(self.at.upper), clones(self.at.lower))
         _assign(self.at.upper, add(cast_like(shift, before.upper), before.upper))
         error = self.solve_lower()
-        value = float(self.reduce((self.losses.upper(*self.at).detach(),))[0])
+        value = float(self.upper_loss())
         _assign(self.at.upper, before.upper)
         _assign(self.at.lower, before.lower)
         return value, error
@@ -123,11 +126,18 @@ class ImplicitProblem(LocalProblem):
         return after
 
     def _lower_gradient(self) -> tuple[Tensor, Tensors]:
-        value = self.losses.lower(*self.at)
-        slopes = torch.autograd.grad(value, self.at.lower, allow_unused=True)
-        gradient = tuple(dense(r) for r in filled(slopes, self.at.lower))
-        averaged = self.reduce((value.detach(), *gradient))
-        return averaged[0], averaged[1:]
+        value = torch.full((), torch.nan)
+        slopes: OptionalTensors = tuple(torch.full_like(v, torch.nan) for v in self.at.lower)
+
+        def evaluate() -> None:
+            nonlocal value, slopes
+            loss = self.losses.lower(*self.at)
+            slopes = torch.autograd.grad(loss, self.at.lower, allow_unused=True)
+            value = loss.detach()
+
+        self.engine.attempt(evaluate)
+        _, gradient, (value,) = self.averaged((), slopes, value)
+        return value, gradient
 
 
 class Implicit(NamedTuple):

@@ -17,10 +17,11 @@ from ..errors import AdjointError, BilevelWarning
 from ..evaluation import Evaluation, measure
 from ..hypergradients import MethodOptions
 from ..linear_solve import random_direction
-from ..penalties import Losses, Reduce
+from ..penalties import Losses
 from ..tensors import Pair, Tensors, axpy, coarsest_eps, dense, dot, filled, norm
 from ..undo.random_state import RandomState
-from .dependence import dependence
+from ..workers import Workers
+from .dependence import shared_dependence
 from .diagnosis import Advice, Context, diagnosed
 from .exact import Implicit, ImplicitProblem, implicit_hypergradient
 from .own_problem import at_rounding, newton_length, own_certificate, solves_another
@@ -66,7 +67,7 @@ class Subject(NamedTuple):
     """mu, where q is to solve (H + mu I) q = -grad_v f."""
     lower_is_map: bool
     curvature: Curvature
-    reduce: Reduce
+    workers: Workers
     step: int
     """Number of the step that would come next, for errors."""
     advice: Advice
@@ -82,17 +83,18 @@ def check(subject: Subject, options: CheckOptions) -> HypergradientReport:
     with warnings.catch_warnings():
         # That "auto" switches engines is news in a step; here it is a line of the report.
         warnings.simplefilter("ignore", BilevelWarning)
-        repeats = _repeats(subject.losses, subject.at)
+        repeats = _shared_repeats(subject)
         held = _with_same_random_numbers(subject.losses, subject.at)
         return _compare(subject._replace(losses=held), options, repeats)
 
 
 def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> HypergradientReport:
     at, losses = subject.at, subject.losses
-    depends = dependence(losses, at, False, _reference(subject.curvature))
+    reference = _reference(subject.curvature)
+    depends = shared_dependence(losses, at, False, reference, subject.workers)
     own = _own(subject, losses)
     evaluation, estimate = own.evaluation, own.gradient
-    problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.reduce)
+    problem = ImplicitProblem(losses, at, _reference(subject.curvature), subject.workers)
     exact = _exact(problem, options)
     error, cosine = _compared(estimate, exact.hypergradient)
     seen = float(norm(exact.products(random_direction(at.lower)).upper)) > 0
@@ -147,6 +149,14 @@ def _compare(subject: Subject, options: CheckOptions, repeats: Repeats) -> Hyper
 
 
 # The closures.
+
+
+def _shared_repeats(subject: Subject) -> Repeats:
+    """``_repeats``, the least of all workers."""
+    like = subject.at.lower[0]
+    own = subject.workers.alike(lambda: _repeats(subject.losses, subject.at), like)
+    no, drawn = subject.workers.agreed([own == "no", own != "exactly"], like)
+    return "no" if no else "with the same random numbers" if drawn else "exactly"
 
 
 def _repeats(losses: Losses, at: Pair) -> Repeats:
@@ -268,7 +278,7 @@ def _engine_difference(
     if not 0 < float(norm(direction)) < math.inf:
         direction = random_direction(subject.at.lower)
     here = exact.products(direction)
-    twin = ImplicitProblem(subject.losses, subject.at, other, subject.reduce)
+    twin = ImplicitProblem(subject.losses, subject.at, other, subject.workers)
     there = exact._replace(linear=twin.linearise()).products(direction)
     differences = [axpy(-1.0, a, b) for a, b in zip(here, there, strict=True)]
     sizes = [

@@ -12,7 +12,8 @@ from ..penalties import Losses
 from ..tensors import Pair
 from ..undo.random_state import RandomState
 from ..undo.scope import Scope
-from .dependence import Dependence, dependence
+from ..workers import ALONE, Workers
+from .dependence import Dependence, shared_dependence
 from .first_look import FirstLook
 
 
@@ -23,6 +24,7 @@ def check_dependence(
     allow_unused: bool,
     lower_is_map: bool,
     engine: Curvature,
+    workers: Workers = ALONE,
 ) -> Dependence:
     """Look once through the graphs of f and r for upper parameters that neither depends on.
 
@@ -33,7 +35,7 @@ def check_dependence(
         ValueError: g does not depend on the lower parameters.
     """
     random = RandomState(p.device for p in (*at.upper, *at.lower))
-    found = dependence(losses, at, lower_is_map, engine)
+    found = shared_dependence(losses, at, lower_is_map, engine, workers)
     random.restore()  # so that a resumed run, which checks again, draws the same numbers
     unused = [
         name
@@ -72,6 +74,7 @@ class DependenceWatch:
         allow_unused: bool,
         lower_is_map: bool,
         engine: Curvature,
+        workers: Workers = ALONE,
     ) -> Losses:
         """If it is time to, or if closures are new, at what they use and keep.
 
@@ -83,14 +86,19 @@ class DependenceWatch:
             engine.renew()
         if not self.due and not scope.is_new:
             return losses
+        if self.due:
+            workers.check_alike((*at.upper, *at.lower), (*names, *lower_names))
         losses = losses._replace(are_new=True)
         seen = FirstLook(losses, at, engine) if self.due else None
         with scope.searching():
             if seen:
-                how = allow_unused, lower_is_map, engine
+                how = allow_unused, lower_is_map, engine, workers
                 found = check_dependence(seen.losses, at, names, *how)
                 self._name_unused(lower_names, found)
-            _check_kept_state(losses, at, scope, called=self.due)
+            called = self.due
+            workers.attempt(
+                lambda: _check_kept_state(losses, at, scope, called=called), lambda: None
+            )
         self.due = False
         if seen is None or scope.compiled:  # of which the search saw the uncompiled graph
             return losses

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..tensors import is_sharded
+
 # Operations whose double backward runs and returns wrong numbers. torch.nn.utils'
 # weight_norm: the saved norm is treated as a constant, so the Hessian with respect to the
 # direction v is wrong by its own size while the gradient is exact.
@@ -50,7 +52,8 @@ def reached(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[boo
     """For each leaf of ``parameters``: does any of ``outputs`` depend on it?"""
     leaves = {id(node.variable) for node in nodes(*outputs) if hasattr(node, "variable")}
     leaves |= {id(output) for output in outputs}  # an output may itself be a leaf
-    return [id(parameter) in leaves for parameter in parameters]
+    # A sharded one is not in any graph: what it is gathered to is.
+    return [id(parameter) in leaves or is_sharded(parameter) for parameter in parameters]
 
 
 def coarsest(output: Tensor) -> torch.dtype:

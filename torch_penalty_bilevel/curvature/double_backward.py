@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BilevelError, DoubleBackwardError
-from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm
+from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, is_sharded, norm
 from . import autograd_graph as graph
 from .protocol import Curvature, Linearised, Loss, Map
 
@@ -164,9 +164,30 @@ def first_order(loss: Loss, at: Pair, *, inspect: bool) -> tuple[Tensor, Optiona
     value = loss(at.upper, at.lower)
     if inspect:
         refuse_reentrant_checkpoint(value)
-    gradients = _first(value, (*at.upper, *at.lower), allow_unused=True)
+    leaves = *at.upper, *at.lower
+    if any(map(is_sharded, leaves)):
+        gradients = _by_backward(value, leaves)
+    else:
+        gradients = _first(value, leaves, allow_unused=True)
     n = len(at.upper)
     return value.detach(), OptionalPair(gradients[:n], gradients[n:])
+
+
+def _by_backward(value: Tensor, leaves: Tensors) -> OptionalTensors:
+    """Sharded parameters are not in the graph, which holds what they were gathered to.
+
+    The hooks that gather and scatter work under ``backward()`` alone: into ``.grad``, averaged
+    over the shards' processes.
+    """
+    held = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        value.backward()
+        return tuple(leaf.grad for leaf in leaves)
+    finally:
+        for leaf, gradient in zip(leaves, held, strict=True):
+            leaf.grad = gradient
 
 
 class DoubleBackward(Curvature):

@@ -65,6 +65,10 @@ class Curvature:
         """``loss`` linearised at ``at``; ``reusable`` allows several products."""
         raise NotImplementedError
 
+    def attempt(self, check: Callable[[], None]) -> None:
+        """``check()``; of several workers one may raise there alone, which is held back."""
+        check()
+
     def point(self, at: Pair) -> Pair:
         """``at`` as ``loss`` wants it; what is returned moves with it."""
         if self.reads_live:

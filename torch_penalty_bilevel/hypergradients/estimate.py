@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
     product: Tensors
     """A q, without damping; empty after a breakdown."""
 
-    def on_face(self, face: Faces, cost: int) -> Evaluation:
+    def on_face(self, face: Faces, cost: int, used: Tensors = ()) -> Evaluation:
         """What an optimizer's step needs: the hypergradient along the face of u."""
         return Evaluation(
             upper_loss=self.upper.loss,
@@ -56,6 +56,7 @@ class Estimate(NamedTuple):
             probe_product=(),
             cost=cost,
             upper_face=face,
+            upper_used=used,
         )
 
 

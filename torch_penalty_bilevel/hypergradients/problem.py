@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature, Linearised, MapCurvature
+from ..curvature.double_backward import half_square
 from ..errors import NonFiniteError
 from ..penalties import Losses, Reduce, one_worker
-from ..tensors import OptionalTensors, Pair, Tensors, cast_like, dense, filled, norms
+from ..tensors import OptionalTensors, Pair, Tensors, add, cast_like, dense, filled, norms
 from ..undo.in_place import replaced
+from ..workers import averaged, scalar
 
 
 class Upper(NamedTuple):
@@ -71,15 +73,29 @@ class LocalProblem:
         """Gradients of f and g, evaluations of Phi and products so far."""
         self.silent: tuple[bool, ...] = ()
         """Which tensors of the last r were exactly zero, as where g does not use the parameter."""
+        self.used: Tensors = ()
+        """How often workers' losses used each upper parameter, (0 where never,); () with one."""
 
     def upper(self) -> Upper:
         """The upper level here; raises ``NonFiniteError``."""
         loss, parts = self.engine.gradient(self.losses.upper, self._point())
         self.evaluations += 1
-        upper = Upper(loss, self.averaged(parts.upper), self.lower_part(parts.lower))
+        direct, slope, (loss,) = self.averaged(parts.upper, parts.lower, loss)
+        upper = Upper(loss, direct, slope)
         gradient = (*(g for g in upper.direct if g is not None), *upper.slope)
         self._require_finite({"upper loss": (loss,), "gradient of the upper loss": gradient})
         return upper
+
+    def upper_loss(self) -> Tensor:
+        """f, 0-d, without its gradient."""
+        found = [torch.full((), torch.nan)]
+
+        def evaluate() -> None:
+            found[0] = self.losses.upper(*self._point()).detach()
+
+        with torch.no_grad():
+            self.engine.attempt(evaluate)
+        return scalar(self.reduce, found[0], self.at.lower[0])
 
     def residual(self) -> tuple[Tensor, Tensors]:
         """(g, r), or (||r||^2 / 2, r) of a map; raises ``NonFiniteError``."""
@@ -88,7 +104,7 @@ class LocalProblem:
             return linear.loss, linear.residual
         loss, parts = self.engine.gradient(self.losses.lower, self._point())
         self.evaluations += 1
-        residual = self.lower_part(parts.lower)
+        _, residual, (loss,) = self.averaged((), parts.lower, loss)
         self._require_finite_lower(loss, residual)
         return loss, residual
 
@@ -119,15 +135,16 @@ class LocalProblem:
             with replaced(self.at.lower, values):
                 yield
 
-    def lower_part(self, parts: OptionalTensors) -> Tensors:
-        """A vector of the lower level, complete, dense, wide, averaged."""
-        return self.reduce(tuple(dense(t) for t in filled(parts, self.at.lower)))
-
-    def averaged(self, parts: OptionalTensors) -> OptionalTensors:
-        """A vector of the upper level, averaged where there is one."""
-        present = tuple(t for t in parts if t is not None)
-        rest = iter(self.reduce(present) if present else ())
-        return tuple(t if t is None else next(rest) for t in parts)
+    def averaged(
+        self, upper: OptionalTensors, lower: OptionalTensors, *losses: Tensor
+    ) -> tuple[OptionalTensors, Tensors, Tensors]:
+        """Vectors of both levels and losses, averaged; that of v complete, dense, wide."""
+        vector = tuple(dense(t) for t in filled(lower, self.at.lower))
+        at = Pair(self.at.upper[: len(upper)], self.at.lower)
+        found = averaged(self.reduce, at, (vector,), upper, losses)
+        if upper:
+            self.used = add(self.used, found.used) if self.used else found.used
+        return found.upper, found.lower[0], found.losses
 
     def _require_finite_lower(self, loss: Tensor, residual: Tensors) -> None:
         if self.lower_is_map:
@@ -157,8 +174,9 @@ class Linear:
     def __init__(self, problem: LocalProblem, made: Linearised) -> None:
         self._problem, self._made = problem, made
         self._last: tuple[Tensors, tuple[OptionalTensors, Tensors]] | None = None
-        self.loss = made.loss
-        self.residual = problem.lower_part(made.residual)
+        _, self.residual, (self.loss,) = problem.averaged((), made.residual, made.loss)
+        if problem.lower_is_map and problem.reduce is not one_worker:  # of the mean, not the mean
+            self.loss = half_square(self.residual)
 
     def both(self, adjoint: Tensors) -> tuple[OptionalTensors, Tensors]:
         """((dr/du)'q, A q); the last product is remembered: solvers end with the one needed."""
@@ -166,8 +184,7 @@ class Linear:
             problem = self._problem
             parts = self._made.product(cast_like(adjoint, problem.at.lower))
             problem.evaluations += problem.engine.product_cost
-            both = problem.averaged(parts.upper), problem.lower_part(parts.lower)
-            self._last = adjoint, both
+            self._last = adjoint, problem.averaged(*parts)[:2]
         return self._last[1]
 
     def product(self, adjoint: Tensors) -> Tensors:
@@ -179,6 +196,5 @@ class Linear:
         if self._made.transposed is None:
             return self.product(vector)
         self._problem.evaluations += 1
-        return self._problem.lower_part(
-            self._made.transposed(cast_like(vector, self._problem.at.lower))
-        )
+        image = self._made.transposed(cast_like(vector, self._problem.at.lower))
+        return self._problem.averaged((), image)[1]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..tensors import local
+
 
 class _Place(NamedTuple):
     start: int
@@ -24,6 +26,7 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     Views of one buffer that do not meet (slices, columns) do not count. Tensors without memory of
     their own to look at (meta, sparse, empty) are left out.
     """
+    tensors = [local(tensor) for tensor in tensors]
     storages: dict[tuple[torch.device, int], list[_Place]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         plain = tensor.layout == torch.strided and tensor.device.type != "meta"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors, norm, scale
+from ..tensors import Tensors, local, norm, scale, write, zeros_for
 from .solution import Product
 
 
@@ -39,9 +39,10 @@ def largest_stretch(product: Product, like: Tensors, *, steps: int = 20) -> floa
 def random_direction(like: Tensors) -> Tensors:
     """A unit vector, always the same, that draws from no generator of the session."""
     source = torch.Generator().manual_seed(0)
-    normal = [torch.randn(t.shape, generator=source, dtype=torch.float64) for t in like]
-    wide = [torch.promote_types(t.dtype, torch.float32) for t in like]
-    placed = tuple(n.to(t.device, d) for n, t, d in zip(normal, like, wide, strict=True))
+    shapes = [local(t).shape for t in like]
+    normal = [torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes]
+    placed = zeros_for(like)
+    write(placed, normal)
     return scale(placed, 1.0 / float(norm(placed)))
 
 

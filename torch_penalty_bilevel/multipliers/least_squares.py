@@ -98,7 +98,7 @@ class LeastSquares(MultiplierRule):
             lower inequalities.
     """
 
-    shares_evaluation = True
+    shares_evaluation, reads_residual = True, False
 
     damping = Number("be a finite number > 0", "it makes v follow g")
     share = Number("be a finite number >= 0", "0 switches the pull off")

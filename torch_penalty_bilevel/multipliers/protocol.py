@@ -48,6 +48,8 @@ class MultiplierRule(Protocol):
 
     shares_evaluation: bool
     """May the last lower evaluation serve the upper update too?"""
+    reads_residual: bool = True
+    """Does ``adjoint`` depend on the residual? If not, workers average all in one message."""
 
     def start(self, lower: Tensors) -> Any:
         """The state before the first step."""

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,10 +43,13 @@ from ..hypergradients import (
 from ..levels import Parameters, rows, rules
 from ..linear_solve import MakeOptimizer
 from ..metrics import Metrics
-from ..penalties import Losses, Reduce, one_worker
+from ..penalties import Losses, Reduce
 from ..tensors import Tensors, clones, zeros_for
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
+from ..workers import Workers, without_unused
+from ..workers import resolve as resolve_reduce
+from . import sharded
 from .hypergradient_memory import RemembersAdjoint
 from .two_level import Here
 
@@ -83,7 +87,9 @@ class HypergradientOptimizer(RemembersAdjoint):
             that one is kept. Methods that do not solve for q have no start for it.
         lower_is_map: the lower closure returns Phi(u, v).
         curvature: as for ``PenaltyBilevelOptimizer``.
-        reduce: averages a tuple of tensors over workers; default: one worker.
+        reduce: as for ``PenaltyBilevelOptimizer``: ``"mean"`` over the processes, which share one
+            problem, or a function that averages a tuple of tensors; default: one process.
+        process_group: of torch.distributed, for ``"mean"``; default: all processes.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
         upper_constraint: a projection of ``constraints``: projected hypergradient descent.
         tolerance, damping, truncation, samples: as in ``functional.hypergradient``.
@@ -115,7 +121,7 @@ class HypergradientOptimizer(RemembersAdjoint):
         "warm_start",
         "lower_is_map",
         "curvature",
-        "reduce",
+        "_workers",
         "allow_unused",
         "_options",
         "_restriction",
@@ -139,7 +145,8 @@ class HypergradientOptimizer(RemembersAdjoint):
         warm_start: bool | str = True,
         lower_is_map: bool = False,
         curvature: str | Curvature = "auto",
-        reduce: Reduce | None = None,
+        reduce: Literal["mean"] | Reduce | None = None,
+        process_group: Any = None,
         allow_unused: bool = False,
         upper_constraint: Constraint | None = None,
         tolerance: float | None = None,
@@ -159,15 +166,16 @@ class HypergradientOptimizer(RemembersAdjoint):
         )
         check_loop(method, self._options, lower_steps, inner_iterations, warm_start)
         make_lower = torch.optim.SGD if method == "reverse" else torch.optim.Adam
+        self._workers = Workers(resolve_reduce(reduce, process_group))
         self._build(upper, lower, upper_lr, lower_lr, make_lower)
         self.method = method
         self.lower_steps = lower_steps
         self.inner_iterations = 10 if inner_iterations is None else inner_iterations
         self.warm_start = warm_start
         self.lower_is_map = checked_truth("lower_is_map", lower_is_map)
-        self.curvature = engines.resolve(curvature)
+        engine = engines.resolve(curvature)
+        self.curvature = sharded.served(engine, self.upper, self.lower, self._workers, None)
         own_parts.check_engine(self.curvature)
-        self.reduce: Reduce = reduce or one_worker
         self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._restriction = upper_projection(upper_constraint, self.upper)
         self.metrics = Metrics.unknown()
@@ -222,7 +230,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             self._look(losses, here)
             problem = self._problem(losses, here)
             with torch.no_grad():
-                loss = losses.upper(*self.curvature.point(here.at)).detach()
+                loss = problem.upper_loss()
             take_lower_steps(problem, self.lower, 1, 0)
             self._counts["gradient_evaluations"] += problem.evaluations
         return loss
@@ -259,8 +267,10 @@ class HypergradientOptimizer(RemembersAdjoint):
             ValueError: as ``upper_step``; or the lower level is a map.
         """
         self._check_needs_no_steps("check_hypergradient")
+        sharded.check_comparable(self.lower)
         options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
-        with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
+        undone = rehearsal([self.upper, self.lower], self._devices(), self._scope)
+        with undone as guard, self._workers.agreeing(self.curvature):
             losses, here = self._losses(upper_closure, lower_closure, guard), self._here()
             number = self._counts["steps"]
 
@@ -269,7 +279,7 @@ class HypergradientOptimizer(RemembersAdjoint):
                 found = estimated(problem, self.method, self._options_at(number))
                 return self._solved(found, problem).on_face(NO_FACES, 0)
 
-            shift, how = self._options.damping or 0.0, (self.curvature, self.reduce, number + 1)
+            shift, how = self._options.damping or 0.0, (self.curvature, self._workers, number + 1)
             given = losses, here.at, here.upper_names, estimate, shift, self.lower_is_map
             return self_check.check(self_check.Subject(*given, *how, self._advice()), options)
 
@@ -296,8 +306,9 @@ class HypergradientOptimizer(RemembersAdjoint):
 
     def _problem(self, losses: Losses, here: Here, engine: Curvature | None = None) -> LocalProblem:
         place = f"in step {self._counts['steps'] + 1}; nothing was changed"
-        at, is_map = (losses, here.at, engine or self.curvature), self.lower_is_map
-        return LocalProblem(*at, lower_is_map=is_map, reduce=self.reduce, place=place)
+        shared, reduce = self._shared(engine or self.curvature)
+        at, is_map = (losses, here.at, shared), self.lower_is_map
+        return LocalProblem(*at, lower_is_map=is_map, reduce=reduce, place=place)
 
     def _step(self, losses: Losses) -> Tensor:
         number, here = self._counts["steps"], self._here()
@@ -320,8 +331,11 @@ class HypergradientOptimizer(RemembersAdjoint):
         found = estimated(problem, self.method, self._options_at(number), visits)
         estimate = self._solved(found, problem)
         face = self._restriction.faces(here.at.upper, estimate.hypergradient)
-        evaluation = estimate.on_face(face, problem.evaluations)
+        evaluation = estimate.on_face(face, problem.evaluations, problem.used)
         measured = measure(evaluation, here.upper_names, number + 1)
+        self._workers.follow(self.curvature)
+        gradient = without_unused(evaluation.upper_grad, measured.upper_used)
+        evaluation = evaluation._replace(upper_grad=gradient)
         self._check_used(losses, here, evaluation, self.method == "alternating")
         self._dependence.listen(measured.silent)
         self._record(evaluation, measured)

@@ -13,9 +13,10 @@ from ..checks.suspicions import DependenceWatch, raise_unused
 from ..curvature import Curvature
 from ..evaluation import Evaluation
 from ..levels import checkpoint, rules
-from ..penalties import Losses
+from ..penalties import Losses, Reduce
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import all_or_nothing
+from ..workers import Workers
 from .two_level import Here, TwoLevelOptimizer
 
 
@@ -25,10 +26,20 @@ class TwoLevelMemory(TwoLevelOptimizer):
     curvature: Curvature
     allow_unused: bool
     _dependence: DependenceWatch
+    _workers: Workers
+
+    @property
+    def reduce(self) -> Reduce:
+        """The average over workers."""
+        return self._workers.mean
+
+    def _shared(self, engine: Curvature) -> tuple[Curvature, Reduce]:
+        """``engine`` and the average, so that workers fail together."""
+        return self._workers.engine(engine), self._workers.reduce
 
     def _look(self, losses: Losses, here: Here) -> Losses:
         """Does everything here depend on what it should, where that is to be asked?"""
-        how = self._scope, self.allow_unused, self._lower_is_map(), self.curvature
+        how = self._scope, self.allow_unused, self._lower_is_map(), self.curvature, self._workers
         return self._dependence.look(losses, here.at, here.upper_names, here.lower_names, *how)
 
     def _check_used(
@@ -132,9 +143,12 @@ class TwoLevelMemory(TwoLevelOptimizer):
         """Undo everything if the block raises; ``rules`` may step before its last evaluation."""
         remembered, engine = self._remembered(), self.curvature.packed()
         try:
-            with all_or_nothing(rules, self._devices(), self._scope) as guard:
+            undone = all_or_nothing(rules, self._devices(), self._scope)
+            with undone as guard, self._workers.agreeing(self.curvature):
                 yield guard
         except BaseException:
+            if self._workers.is_shared:  # where it failed it was not looked at
+                self._dependence.due = True
             self._put_back(remembered)
             self.curvature.unpack(engine)
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from ..levels import Parameters, rows, rules
 from ..levels.trial_step import stepped
 from ..metrics import Metrics
 from ..multipliers import Memories
-from ..penalties import Losses, Penalty, Reduce, one_worker
-from ..tensors import Pair, Tensors, axpy, clones, shift
+from ..penalties import Losses, Penalty, Reduce
+from ..tensors import Pair, Tensors, axpy, clones, is_sharded, shift
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
+from ..workers import Workers, without_unused
+from ..workers import resolve as resolve_reduce
+from . import sharded
 from .two_level import Seen
 from .waiting import WaitsForLower
 
@@ -84,7 +87,12 @@ class PenaltyBilevelOptimizer(WaitsForLower):
             ``"double_backward"``, ``"finite_difference"``, ``"functional"`` (torch.func; the
             closures are then pure functions of (upper, lower), each a tuple in parameter order or,
             for parameters given with names, a dict) or an object.
-        reduce: averages a tuple of tensors over workers; default: one worker.
+        reduce: ``"mean"``: processes share one problem, f and g the means of theirs: each gives
+            the mean over its own batch, all of one size, and the step is that of all batches joined
+            (a rank with n_r of N samples on W ranks scales its losses by W n_r / N). Closures see
+            plain or DDP-wrapped modules. Rows of u that any rank's batch touches move on all.
+            Or a function that averages a tuple of tensors. Default: one process.
+        process_group: of torch.distributed, for ``"mean"``; default: all processes.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
         upper_constraint: an object of ``constraints``, or a list with any number of ``Inequality``.
             Every upper tensor is in the set after each step; ``p.grad`` is then the part of the
@@ -117,7 +125,7 @@ class PenaltyBilevelOptimizer(WaitsForLower):
         "warmup_steps",
         "penalty",
         "curvature",
-        "reduce",
+        "_workers",
         "allow_unused",
         "_sets",
         "_seen",
@@ -141,20 +149,21 @@ class PenaltyBilevelOptimizer(WaitsForLower):
         warmup_steps: int = 0,
         penalty: str | Penalty = "stationarity",
         curvature: str | Curvature = "auto",
-        reduce: Reduce | None = None,
+        reduce: Literal["mean"] | Reduce | None = None,
+        process_group: Any = None,
         allow_unused: bool = False,
         upper_constraint: Constraint | Sequence[Constraint] | None = None,
         lower_constraint: Constraint | Sequence[Constraint] | None = None,
     ) -> None:
-        if reduce is not None and not callable(reduce):
-            raise TypeError(f"reduce must be a callable on a tuple of tensors, got {reduce!r}")
+        self._workers = Workers(resolve_reduce(reduce, process_group))
         self._build(upper, lower, upper_lr, lower_lr)
         self.lower_steps = lower_steps
         self.certificate_tolerance = certificate_tolerance
         self.max_lower_steps = max_lower_steps
-        self.curvature = engines.resolve(curvature, weighs_costs=True)
+        engine = engines.resolve(curvature, weighs_costs=True)
+        parts = self.upper, self.lower, self._workers, lower_constraint
+        self.curvature = sharded.served(engine, *parts)
         self.penalty = penalties.resolve(penalty, self.curvature)
-        self.reduce: Reduce = reduce or one_worker
         self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._sets = ConstrainedLevels(upper_constraint, lower_constraint, self.upper, self.lower)
         self._seen = None
@@ -266,8 +275,10 @@ class PenaltyBilevelOptimizer(WaitsForLower):
                 v has at most 2,000 numbers (one device, not 16 bits) and the closures repeat.
         """
         self._sets.check_comparable()
+        sharded.check_comparable(self.lower)
         options = self_check.CheckOptions(tolerance, max_iterations, damping, resolve).checked()
-        with rehearsal([self.upper, self.lower], self._devices(), self._scope) as guard:
+        undone = rehearsal([self.upper, self.lower], self._devices(), self._scope)
+        with undone as guard, self._workers.agreeing(self.curvature):
             losses = self._losses(upper_closure, lower_closure, guard)
             here, step = self._here(), self._counts["steps"] + 1
             dual = self._dual.only(self._moving(here))
@@ -275,9 +286,9 @@ class PenaltyBilevelOptimizer(WaitsForLower):
             def estimate(losses: Losses) -> Evaluation:
                 engine = copy.deepcopy(self.curvature)
                 at = engine.point(here.at)
-                return self.penalty.evaluate(losses, at, dual, engine, self.reduce)
+                return self.penalty.evaluate(losses, at, dual, *self._shared(engine))
 
-            shift, how = self.penalty.rule.shift(dual), (self.curvature, self.reduce, step)
+            shift, how = self.penalty.rule.shift(dual), (self.curvature, self._workers, step)
             given = losses, here.at, here.upper_names, estimate, shift, self._lower_is_map()
             return self_check.check(self_check.Subject(*given, *how, _ADVICE), options)
 
@@ -345,18 +356,23 @@ class PenaltyBilevelOptimizer(WaitsForLower):
     def _evaluate(self, losses: Losses, *, for_upper: bool) -> Seen:
         """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
         here = self._here()
-        self._dual = self._sets.start(losses, here.at, self._dual)
+        self._dual = self._sets.start(losses, here.at, self._dual, self._workers)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         both = here._replace(at=self._sets.extended(here.at))
         losses = self._look(losses, both)
-        if not for_upper and self.curvature.reads_live:
+        split = any(map(is_sharded, here.at.lower))  # their backward pass reaches every leaf
+        if not for_upper and self.curvature.reads_live and not split:
             both = both._replace(at=Pair((), both.at.lower), upper_names=[])
         at, names = self.curvature.point(both.at), both.upper_names
         moving = self._moving(here)
         dual = self._dual.only(moving)
-        evaluation = self.penalty.evaluate(losses, at, dual, self.curvature, self.reduce)
-        evaluation = self._sets.upper.restricted(evaluation, at, self.reduce)
+        evaluation = self.penalty.evaluate(losses, at, dual, *self._shared(self.curvature))
+        evaluation = self._sets.upper.restricted(evaluation, at)
         norms = measure(evaluation, names, self._counts["steps"] + 1, self._counts["slope"])
+        gradient = without_unused(evaluation.upper_grad, norms.upper_used)
+        evaluation = evaluation._replace(upper_grad=gradient)
+        evaluation = self._sets.upper.seen(evaluation, self._workers.reduce)
+        self._workers.follow(self.curvature)
         self.curvature.observe(norms.adjoint_residual, norms.slope)
         unused = self._check_used(losses, both, evaluation)
         self._dependence.listen(norms.silent)

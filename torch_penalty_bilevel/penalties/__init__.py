@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from ..arguments import chosen
 from ..curvature import Curvature, MapCurvature
+from ..workers import Reduce as Reduce
+from ..workers import one_worker as one_worker
 from .fixed_point import FixedPoint as FixedPoint
 from .fixed_point import refusal
 from .protocol import Losses as Losses
 from .protocol import Penalty as Penalty
-from .protocol import Reduce as Reduce
-from .protocol import one_worker as one_worker
 from .residual import evaluate_residual as evaluate_residual
 from .stationarity import Stationarity as Stationarity
 from .value_gap import ValueGap as ValueGap

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..curvature import Curvature, MapCurvature
+from ..curvature.double_backward import half_square
 from ..evaluation import Evaluation
 from ..multipliers import DualState, MultiplierRule
 from ..multipliers import resolve as resolve_multiplier
 from ..tensors import Pair
-from .protocol import Losses, Reduce
+from ..workers import Reduce, one_worker
+from .protocol import Losses
 from .residual import evaluate_residual
 
 
@@ -73,7 +75,10 @@ class FixedPoint:
             raise ValueError(refusal(curvature))
         upper = curvature.gradient(losses.upper, at)
         linearised = curvature.linearise_map(losses.lower, at, reusable=self.rule.probes(state))
-        return evaluate_residual(self.rule, state, at, upper, linearised, 1, reduce)
+        found = evaluate_residual(self.rule, state, at, upper, linearised, 1, reduce)
+        if reduce is one_worker:
+            return found
+        return found._replace(lower_loss=half_square(found.residual))  # of the mean, not the mean
 
 
 def refusal(curvature: Curvature) -> str:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 from ..constraints import FacesOf, everywhere
 from ..curvature import Curvature, Loss
 from ..evaluation import Evaluation
 from ..multipliers import MultiplierRule
 from ..tensors import Pair, Tensors
-
-Reduce: TypeAlias = Callable[[Tensors], Tensors]
-"""Averages a tuple of tensors over the workers that share one problem; identity on one worker."""
-
-
-def one_worker(tensors: Tensors) -> Tensors:
-    """Their average: themselves."""
-    return tensors
+from ..workers import Reduce
 
 
 class Losses(NamedTuple):

@@ -10,7 +10,6 @@ from ..evaluation import Evaluation
 from ..multipliers import DualState, MultiplierRule
 from ..tensors import (
     OptionalPair,
-    OptionalTensors,
     Pair,
     Tensors,
     add,
@@ -20,7 +19,7 @@ from ..tensors import (
     norms,
     sum_of_optional,
 )
-from .protocol import Reduce
+from ..workers import Reduce, averaged
 
 
 def evaluate_residual(
@@ -48,12 +47,21 @@ def evaluate_residual(
         multipliers: how many of the last tensors of v are multipliers, along which q ascends.
     """
     upper_loss, direct = upper
-    full_residual = reduce(linearised.residual)
+    full_residual = linearised.residual
+    # q or its face may depend on r, which then has to be averaged before.
+    early = lower_faces is not everywhere or rule.reads_residual
+    if early:
+        full_residual = reduce(full_residual)
     face = lower_faces(at.lower, full_residual)
-    residual = face.tangent(full_residual)
-    adjoint = face.tangent(rule.adjoint(state, residual))
+    adjoint = face.tangent(rule.adjoint(state, face.tangent(full_residual)))
     indirect = linearised.product(cast_like(adjoint, at.lower))
-    product, slope, upper_grad = _reduced(indirect, direct, at, reduce)
+    parts = filled(indirect.lower, at.lower), filled(direct.lower, at.lower)
+    upper_grad = sum_of_optional(direct.upper, indirect.upper)
+    vectors = parts if early else (*parts, full_residual)
+    found = averaged(reduce, at, vectors, upper_grad, (upper_loss, linearised.loss))
+    product, slope, *late = found.lower
+    full_residual = late[0] if late else full_residual
+    residual = face.tangent(full_residual)
     probe_product: Tensors = ()
     if rule.probes(state):
         probe = rule.probe(state, full_residual, slope)
@@ -64,12 +72,12 @@ def evaluate_residual(
     adjoint_residual = add(slope, product)
     looks = adjoint, product, adjoint_residual, residual
     return Evaluation(
-        upper_loss=upper_loss,
-        lower_loss=linearised.loss,
+        upper_loss=found.losses[0],
+        lower_loss=found.losses[1],
         adjoint=adjoint,
         residual=residual,
         adjoint_residual=adjoint_residual,
-        upper_grad=upper_grad,
+        upper_grad=found.upper,
         slope_norms=norms(slope),
         product_norms=norms(product),
         probe_product=probe_product,
@@ -78,6 +86,7 @@ def evaluate_residual(
         curvature_terms=_curvature(adjoint, product, multipliers),
         # With multipliers among q the monotone form is not symmetric.
         subspace=None if multipliers else rule.span(state, *looks),
+        upper_used=found.used,
     )
 
 
@@ -85,17 +94,3 @@ def _curvature(adjoint: Tensors, product: Tensors, multipliers: int) -> Tensors:
     """Terms of <q, H q>, or with multipliers of the monotone form, in which their sign is minus."""
     terms = LowerPoint.of(dots(adjoint, product), multipliers)
     return terms.parameters + tuple(-t for t in terms.multipliers)
-
-
-def _reduced(
-    indirect: OptionalPair, direct: OptionalPair, at: Pair, reduce: Reduce
-) -> tuple[Tensors, Tensors, OptionalTensors]:
-    """(H q, grad_v f, grad_u f + J q), averaged over the workers in one call."""
-    product = filled(indirect.lower, at.lower)
-    slope = filled(direct.lower, at.lower)
-    upper = sum_of_optional(direct.upper, indirect.upper)
-    present = tuple(t for t in upper if t is not None)
-    n = len(at.lower)
-    averaged = reduce((*product, *slope, *present))
-    rest = iter(averaged[2 * n :])
-    return averaged[:n], averaged[n : 2 * n], tuple(u if u is None else next(rest) for u in upper)

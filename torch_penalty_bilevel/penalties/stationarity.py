@@ -8,7 +8,8 @@ from ..evaluation import Evaluation
 from ..multipliers import DualState, MultiplierRule
 from ..multipliers import resolve as resolve_multiplier
 from ..tensors import Pair, Tensors
-from .protocol import Losses, Reduce
+from ..workers import Reduce
+from .protocol import Losses
 from .residual import evaluate_residual
 
 

@@ -31,7 +31,8 @@ from ..undo.in_place import replaced
 from ..undo.random_state import RandomState
 from ..undo.repeats import check_gradient_repeats
 from ..undo.rule_memory import Moments
-from .protocol import Losses, Reduce
+from ..workers import Reduce, averaged
+from .protocol import Losses
 
 _NEEDS_REPETITION = (
     "The value gap needs the same data twice: draw the batch outside the closure, or use "
@@ -186,33 +187,33 @@ class ValueGap(MultiplierRule):
             if state.steps > 0:  # else z = v
                 with random.replayed():
                     again = curvature.gradient(losses.lower, at)
-            check_gradient_repeats((value, here), again, _NEEDS_REPETITION)
+            curvature.attempt(
+                lambda: check_gradient_repeats((value, here), again, _NEEDS_REPETITION)
+            )
         difference = OptionalPair(_minus(here.upper, there.upper), ())
         upper = tuple(
             sum_of_present(f, None if d is None else weight * d)
             for f, d in zip(direct.upper, difference.upper, strict=True)
         )
-        present = tuple(t for t in upper if t is not None)
-        n = len(at.lower)
         blocks = [filled(part, at.lower) for part in (here.lower, there.lower, direct.lower)]
-        averaged = reduce((*blocks[0], *blocks[1], *blocks[2], *present))
-        residual, pull_back, slope = averaged[:n], averaged[n : 2 * n], averaged[2 * n : 3 * n]
-        rest = iter(averaged[3 * n :])
+        found = averaged(reduce, at, blocks, upper, (upper_loss, value, value_there))
+        residual, pull_back, slope = found.lower
         product = scale(axpy(-1.0, pull_back, residual), weight)
         return Evaluation(
-            upper_loss=upper_loss,
-            lower_loss=value,
+            upper_loss=found.losses[0],
+            lower_loss=found.losses[1],
             adjoint=scale(_apart(at.lower, tracker), weight),
             residual=residual,
             adjoint_residual=add(slope, product),
-            upper_grad=tuple(u if u is None else next(rest) for u in upper),
+            upper_grad=found.upper,
             slope_norms=norms(slope),
             product_norms=norms(product),
             probe_product=(),
             cost=3,
             tracker=tracker,
-            tracker_loss=(value_there,),
+            tracker_loss=(found.losses[2],),
             tracker_residual=pull_back,
+            upper_used=found.used,
         )
 
     # How gamma and z move.

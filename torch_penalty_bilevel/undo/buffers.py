@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .data_parallel import quieted, regather
 from .scope import Scope
 
 Buffers: TypeAlias = dict[str, Tensor]
@@ -46,6 +47,7 @@ class BufferGuard:
         """One evaluation of a level's loss, a call of ``function``, on clones of the buffers."""
         clones: dict[nn.Module, Buffers] = {}
         visited: set[nn.Module] = set()
+        wrappers: list[tuple[nn.Module, dict[str, Any]]] = []
 
         def swap_in_clones(root: nn.Module) -> bool:
             fresh = root not in visited
@@ -58,6 +60,9 @@ class BufferGuard:
                 pending.extend(m for m in part._modules.values() if m is not None)
                 if part._buffers and part.training:
                     self._swap(part, clones)
+                regather(part)
+                if (flags := quieted(part)) is not None:
+                    wrappers.append((part, flags))
             return fresh
 
         try:
@@ -74,6 +79,8 @@ class BufferGuard:
         finally:
             for module in clones:
                 _put(self._originals[module], module)
+            for wrapper, flags in wrappers:
+                vars(wrapper).update(flags)
 
     def _modules(self, function: Callable[..., Any]) -> Sequence[nn.Module]:
         """Looked up once in a step, unless a search may still add to them."""

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 import torch
 
-from ..tensors import Tensors, clones
+from ..tensors import Tensors, clones, write
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def restored(parameters: Tensors) -> Generator[None]:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
+            write(parameters, saved)
         torch.clear_autocast_cache()
 
 
@@ -31,5 +31,5 @@ def replaced(parameters: Tensors, values: Tensors) -> Generator[None]:
     """``parameters`` hold ``values`` inside the block."""
     with restored(parameters):
         with torch.no_grad():
-            torch._foreach_copy_(parameters, values)
+            write(parameters, values)
         yield
