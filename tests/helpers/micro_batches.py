@@ -28,7 +28,7 @@ def joined(closures: Sequence[Closure]) -> Closure:
         values = [closure() for closure in closures]
         if isinstance(values[0], tuple):
             return tuple(torch.stack(parts).mean(0) for parts in zip(*values, strict=True))
-        return torch.stack(values).mean()
+        return torch.stack(values).mean(0)
 
     return mean
 

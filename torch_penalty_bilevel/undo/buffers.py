@@ -86,10 +86,12 @@ class BufferGuard:
             else:
                 yield
             for module, own in clones.items():
-                if turn.total > 1 or module not in self._first[level]:
+                if turn.total > 1:
                     passed[module] = _Moved.of(module, own, passed.get(module))
-            if turn.number == turn.total - 1 and not (turn.total > 1 and self._scope.searches):
-                # A search calls parts more than once each.
+                elif module not in self._first[level]:
+                    self._first[level][module] = _Moved.of(module, own)
+            # A search may call a part more than once.
+            if 1 < turn.total == turn.number + 1 and not self._scope.searches:
                 for module, moved in passed.items():
                     self._first[level].setdefault(module, moved)
         finally:
