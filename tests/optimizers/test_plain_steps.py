@@ -143,6 +143,19 @@ def test_a_set_holds_v():
     close(v.detach(), torch.ones(4, dtype=v.dtype))
 
 
+def test_what_g_does_not_use_stays():
+    """Momentum and decay wait, as in torch where there is no gradient."""
+    u, v = (t.clone().requires_grad_() for t in start())
+    w = torch.ones(2, dtype=v.dtype, requires_grad=True)
+    lower = torch.optim.SGD([v, w], lr=0.1, momentum=0.9)
+    optimizer = PenaltyBilevelOptimizer([u], lower)
+    optimizer.plain_lower_step(lambda: (v.sum() * u.sum() + w.sum()) ** 2)
+    before = w.detach().clone()
+    optimizer.plain_lower_step(lambda: (v.sum() * u.sum()) ** 2)
+    assert torch.equal(w, before)
+    assert not torch.equal(w, torch.ones_like(w))
+
+
 # What is refused.
 
 
