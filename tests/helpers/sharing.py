@@ -144,6 +144,21 @@ class Shared:
         size = sum(p.square().sum() for p in parameters.values())
         return (weights * losses).mean() + decay.exp() * size
 
+    def in_parts(self, loss, count):
+        """The loss of this rank's batch, or of each of ``count`` micro-batches."""
+
+        def of(rows):
+            def part():
+                whole, self.batch = self.batch, rows
+                try:
+                    return loss()
+                finally:
+                    self.batch = whole
+
+            return part
+
+        return loss if count == 1 else [of(rows) for rows in self.batch.chunk(count)]
+
     def run(self, steps=STEPS):
         """A scheduler, clipping, and a checkpoint in the middle; what came of it."""
         scheduler = StepLR(self.optimizer, 4, gamma=0.8)
@@ -170,3 +185,16 @@ class Shared:
 def runs(rank, world, cases):
     """What came of each (kind, engine, wrapped, dtype)."""
     return [Shared(k, e, rank, world, wrapped=w, dtype=d).run() for k, e, w, d in cases]
+
+
+def plain_and_in_parts(rank, world, count):
+    """Steps on g alone between the others, of ``count`` micro-batches on each rank."""
+    shared = Shared("stationarity", "double_backward", rank, world)
+    for step in range(STEPS):
+        shared.draw(step)
+        f, g = (shared.in_parts(loss, count) for loss in (shared.f, shared.g))
+        if step % 2:
+            shared.optimizer.plain_lower_step(g)
+        else:
+            shared.optimizer.step(f, g)
+    return [shared.samples.detach(), *(p.detach() for p in shared.net.parameters())]

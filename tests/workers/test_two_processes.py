@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sharing import Shared, on_processes, runs
+from sharing import Shared, on_processes, plain_and_in_parts, runs
 
 from torch_penalty_bilevel import FiniteDifference
 
@@ -60,3 +60,9 @@ def test_four_processes_are_one(tmp_path):
     for results in found:
         for key, value in whole.items():
             torch.testing.assert_close(results[0][key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_micro_batches_and_plain_steps_of_two_processes_are_those_of_one(tmp_path):
+    whole = plain_and_in_parts(0, 1, 1)
+    for found in on_processes(2, tmp_path / "two", plain_and_in_parts, 2):
+        torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-10)

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..curvature import Curvature
+from ..curvature import Curvature, Loss
+from ..curvature.micro_batches import mean_gradient
 from ..hypergradients import Linear, LocalProblem, MethodOptions, Upper, solve_adjoint
 from ..linear_solve import Solution, conjugate_gradient
 from ..penalties import Losses
 from ..tensors import (
+    OptionalPair,
     OptionalTensors,
     Pair,
     Tensors,
@@ -129,11 +131,14 @@ class ImplicitProblem(LocalProblem):
         value = torch.full((), torch.nan)
         slopes: OptionalTensors = tuple(torch.full_like(v, torch.nan) for v in self.at.lower)
 
+        def one(loss: Loss) -> tuple[Tensor, OptionalPair]:
+            found = loss(*self.at)
+            parts = torch.autograd.grad(found, self.at.lower, allow_unused=True)
+            return found.detach(), OptionalPair((), parts)
+
         def evaluate() -> None:
             nonlocal value, slopes
-            loss = self.losses.lower(*self.at)
-            slopes = torch.autograd.grad(loss, self.at.lower, allow_unused=True)
-            value = loss.detach()
+            value, (_, slopes) = mean_gradient(one, self.losses.lower)
 
         self.engine.attempt(evaluate)
         _, gradient, (value,) = self.averaged((), slopes, value)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..curvature import Curvature, Linearised, MapCurvature
 from ..curvature.double_backward import half_square
+from ..curvature.micro_batches import value_of
 from ..errors import NonFiniteError
 from ..penalties import Losses, Reduce, one_worker
 from ..tensors import OptionalTensors, Pair, Tensors, add, cast_like, dense, filled, norms
@@ -91,7 +92,7 @@ class LocalProblem:
         found = [torch.full((), torch.nan)]
 
         def evaluate() -> None:
-            found[0] = self.losses.upper(*self._point()).detach()
+            found[0] = value_of(self.losses.upper, self._point())
 
         with torch.no_grad():
             self.engine.attempt(evaluate)
@@ -183,7 +184,7 @@ class Linear:
         if self._last is None or self._last[0] is not adjoint:
             problem = self._problem
             parts = self._made.product(cast_like(adjoint, problem.at.lower))
-            problem.evaluations += problem.engine.product_cost
+            problem.evaluations += problem.engine.product_cost + self._made.again
             self._last = adjoint, problem.averaged(*parts)[:2]
         return self._last[1]
 
@@ -195,6 +196,6 @@ class Linear:
         """A'w; of a loss A w."""
         if self._made.transposed is None:
             return self.product(vector)
-        self._problem.evaluations += 1
+        self._problem.evaluations += 1 + self._made.again
         image = self._made.transposed(cast_like(vector, self._problem.at.lower))
         return self._problem.averaged((), image)[1]

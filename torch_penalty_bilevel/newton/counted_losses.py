@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import autograd_graph as graph
-from ..curvature.double_backward import explained, names_operation
+from ..curvature.refusals import explained, names_operation
 from ..errors import DoubleBackwardError, NonFiniteError, UnusedParameterError
 from ..pytrees import Structure
 from .autograd import gradient, jacobian, variable

@@ -75,7 +75,8 @@ class FixedPoint:
             raise ValueError(refusal(curvature))
         upper = curvature.gradient(losses.upper, at)
         linearised = curvature.linearise_map(losses.lower, at, reusable=self.rule.probes(state))
-        found = evaluate_residual(self.rule, state, at, upper, linearised, 1, reduce)
+        cost = 1 + linearised.again
+        found = evaluate_residual(self.rule, state, at, upper, linearised, cost, reduce)
         if reduce is one_worker:
             return found
         return found._replace(lower_loss=half_square(found.residual))  # of the mean, not the mean
