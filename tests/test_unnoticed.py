@@ -22,6 +22,7 @@ from torch_penalty_bilevel.multipliers import LeastSquares
 from torch_penalty_bilevel.multipliers.least_squares_state import LeastSquaresState
 from torch_penalty_bilevel.penalties import Losses
 from torch_penalty_bilevel.tensors import Pair
+from torch_penalty_bilevel.workers import ALONE
 
 
 def test_a_checkpoint_with_other_sample_counts_is_refused_before_anything_changes():
@@ -245,7 +246,7 @@ def test_a_look_at_the_shape_of_an_inequality_draws_nothing():
     optimizer = PenaltyBilevelOptimizer([u], [v], lower_constraint=Inequality(lambda: v))
     state = torch.get_rng_state()
     losses = Losses(None, None, lower_values=(lambda u, v: torch.rand(3) + v[0].sum(),))
-    dual = optimizer._sets.start(losses, Pair((u,), (v,)), optimizer._dual)
+    dual = optimizer._sets.start(losses, Pair((u,), (v,)), optimizer._dual, ALONE)
     assert torch.equal(torch.get_rng_state(), state)
     assert tuple(dual.multiplier[-1].shape) == (3,)
 

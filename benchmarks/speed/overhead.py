@@ -35,8 +35,8 @@ class _NoGenerators:
 
 
 @contextlib.contextmanager
-def _unguarded(guard: Any, level: str, function: Any) -> Generator[None]:
-    del guard, level, function
+def _unguarded(guard: Any, level: str, function: Any, turn: Any = None) -> Generator[None]:
+    del guard, level, function, turn
     yield
 
 

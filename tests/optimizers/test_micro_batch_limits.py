@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from memory import peak_bytes
 from micro_batches import ENGINES, PENALTIES, Rows, joined, large
 from torch import nn
 
+from examples.shared.memory import peak_bytes
 from torch_penalty_bilevel import (
     NondeterministicClosureError,
     NonFiniteError,

@@ -68,10 +68,12 @@ def test_value_reduces_two_shards_to_one_batch():
         f, g = losses(shard)
         optimizer.step(lambda: f(u, v), lambda: g(u, v))  # noqa: B023
         tape.append(recorded)
-    # One reduction per evaluation, and its average is the whole batch's.
-    assert [len(t) for t in tape] == [1, 1]
+    # The first step asks what depends on what; then one reduction per evaluation, whose average is
+    # the whole batch's.
+    assert [len(t) for t in tape] == [2, 2]
     u, v, optimizer = build(*start(), penalty="value", upper_lr=0.05, lower_lr=0.05)
-    optimizer.reduce = lambda _: tuple((a + b) / 2 for a, b in zip(tape[0][0], tape[1][0]))  # noqa: B905
+    pairs = zip(*tape, strict=True)
+    optimizer.reduce = lambda _: tuple((a + b) / 2 for a, b in zip(*next(pairs), strict=True))
     optimizer.step(lambda: f(u, v), lambda: g(u, v))
     one = build(*start(), penalty="value", upper_lr=0.05, lower_lr=0.05)
     f, g = losses(slice(None))

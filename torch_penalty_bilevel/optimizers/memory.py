@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -16,7 +16,7 @@ from ..levels import checkpoint, rules
 from ..penalties import Losses, Reduce
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import all_or_nothing
-from ..workers import Workers
+from ..workers import Workers, resolve
 from .two_level import Here, TwoLevelOptimizer
 
 
@@ -32,6 +32,10 @@ class TwoLevelMemory(TwoLevelOptimizer):
     def reduce(self) -> Reduce:
         """The average over workers."""
         return self._workers.mean
+
+    @reduce.setter
+    def reduce(self, mean: Literal["mean"] | Reduce | None) -> None:
+        self._workers = Workers(resolve(mean, None))
 
     def _shared(self, engine: Curvature) -> tuple[Curvature, Reduce]:
         """``engine`` and the average, so that workers fail together."""
