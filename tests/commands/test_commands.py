@@ -52,6 +52,7 @@ SMALL = {
     "benchmarks.engine_choice": "--kinds LSTM --seeds 1 --epochs 1 --record {}/runs.jsonl",
     "benchmarks.house": "",
     "benchmarks.multipliers": "--problems quadratic1 --seeds 1 --share 0.01 --jobs 1",
+    "benchmarks.plain_steps": "--lower-steps 16 --seeds 1 --width 16",
     "benchmarks.preconditioner": "--problems digits --seeds 1 --steps 4",
     "benchmarks.profiles": "--problems scalar_ridge --tuning scalar_ridge --solvers cg minimize "
     "--seeds 1 --budget 60 --results {}/runs.jsonl --picture {}/picture.png",

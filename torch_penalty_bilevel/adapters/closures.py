@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from ..constraints import Inequality
 from ..curvature import Curvature, Loss
+from ..curvature.micro_batches import MeanLoss
 from ..levels import Level, are_named, names, parameters, rules
 from ..penalties import Losses
 from ..tensors import Tensors
-from ..undo.buffers import BufferGuard
+from ..undo.buffers import WHOLE, BufferGuard, Turn
 
-Closure: TypeAlias = Callable[..., Any]
+Closure: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
+"""Of one loss, or of each micro-batch, of which the loss is the mean."""
 Closures: TypeAlias = Closure | tuple[Closure, Closure] | None
 Inequalities: TypeAlias = tuple[Sequence[Inequality], Sequence[Inequality]]
 """Of the upper and of the lower level."""
@@ -34,7 +36,9 @@ class _Check(Protocol):
 def both_of(upper: Any, lower: Any, closure: Any) -> tuple[Any, Any]:
     """The two closures of ``step``, from the ways in which trainers pass them on.
 
-    (f, g), (closure=f, lower_closure=g), ((f, g)) and (closure=(f, g)).
+    (f, g), (closure=f, lower_closure=g), ((f, g)) and (closure=(f, g)). Each may be a sequence of
+    micro-batches; without a lower closure a sequence of two is always the pair, whatever its
+    entries are.
 
     Raises:
         TypeError: the upper one twice. (Whether they are callables ``losses_of`` asks.)
@@ -49,10 +53,20 @@ def both_of(upper: Any, lower: Any, closure: Any) -> tuple[Any, Any]:
     return upper, lower
 
 
-def check_callables(upper_closure: Any, lower_closure: Any) -> None:
-    """Raise if ``step`` was called the way a one-level optimizer's is."""
+def _parts(upper_closure: Any, lower_closure: Any) -> tuple[list[Any], list[Any]]:
+    """The closures of each level; raises if ``step`` was called as a one-level optimizer's is."""
+    both: list[list[Any]] = []
     for level, closure in (("upper", upper_closure), ("lower", lower_closure)):
-        if not callable(closure):
+        both.append(list(closure) if isinstance(closure, (list, tuple)) else [closure])
+        if not both[-1]:
+            raise ValueError(f"{level}_closure is empty; give one closure per micro-batch")
+        for i, part in enumerate(both[-1]):
+            if part is not closure and not callable(part):
+                raise TypeError(
+                    f"{level}_closure is a sequence whose entry {i} is {type(part).__name__}; give "
+                    "one closure per micro-batch, step([f1, f2], [g1, g2])"
+                )
+        if not callable(both[-1][0]):
             raise TypeError(
                 f"step needs two closures, step(upper_closure, lower_closure); {level}_closure is "
                 f"{type(closure).__name__}. Trainers that call step() or step(closure) by "
@@ -60,21 +74,22 @@ def check_callables(upper_closure: Any, lower_closure: Any) -> None:
                 "(manual optimization) with step(closure=f, lower_closure=g), through Accelerate "
                 "with step((f, g))"
             )
+    return both[0], both[1]
 
 
 def losses_of(
     curvature: Curvature,
-    upper_closure: Callable[..., Any],
-    lower_closure: Callable[..., Any],
+    upper_closure: Closure,
+    lower_closure: Closure,
     upper_rule: Optimizer,
     lower_rule: Optimizer,
     guard: BufferGuard,
     lower_is_map: bool,
     inequalities: Inequalities = ((), ()),
 ) -> Losses:
-    """Pure functions where the engine needs them, else live closures."""
-    check_callables(upper_closure, lower_closure)
-    guard.expect(upper_closure, lower_closure)
+    """Pure functions where the engine needs them, else live closures; the mean of several."""
+    uppers, lowers = _parts(upper_closure, lower_closure)
+    guard.expect(*uppers, *lowers)
     rules.check(upper_rule, "upper")  # again: schedulers and hands change options in mid run
     rules.check(lower_rule, "lower", lower_is_map)
     adapted = functools.partial(_live, guard)
@@ -82,14 +97,22 @@ def losses_of(
         structures = _structure(upper_rule, "upper"), _structure(lower_rule, "lower")
         adapted = functools.partial(_pure, guard, *structures)
     check_lower = _image_check(lower_rule) if lower_is_map else _checked
-    lower = functools.partial(adapted, lower_closure, "lower", check_lower)
+    lower = _mean_of(adapted, lowers, "lower", check_lower)
     above, below = inequalities
     return Losses(
-        functools.partial(adapted, upper_closure, "upper", _checked),
+        _mean_of(adapted, uppers, "upper", _checked),
         lower if lower_is_map else rules.with_decay(lower, lower_rule),
         upper_values=tuple(_value(adapted, i, "upper") for i in above),
         lower_values=tuple(_value(adapted, i, "lower") for i in below),
     )
+
+
+def _mean_of(adapted: Callable[..., Any], closures: list[Any], level: Level, check: _Check) -> Loss:
+    if len(closures) == 1:
+        return functools.partial(adapted, closures[0], level, check)
+    turns = [Turn(i, len(closures)) for i in range(len(closures))]
+    pairs = zip(closures, turns, strict=True)
+    return MeanLoss([functools.partial(adapted, c, level, check, turn=t) for c, t in pairs])
 
 
 def _value(adapted: Callable[..., Any], inequality: Inequality, level: Level) -> Loss:
@@ -103,12 +126,13 @@ def _live(
     check: _Check,
     upper: Tensors,
     lower: Tensors,
+    turn: Turn = WHOLE,
 ) -> Any:
     """One evaluation of a closure, under the buffer guard."""
     del upper, lower  # the closure reads the very tensors
     # Inside an autocast block of the caller, copies of parameters that have moved.
     torch.clear_autocast_cache()
-    with guard.evaluation(level, closure), torch.enable_grad():
+    with guard.evaluation(level, closure, turn), torch.enable_grad():
         return check(_called(closure, level), level, differentiable=True)
 
 
@@ -121,9 +145,10 @@ def _pure(
     check: _Check,
     upper: Tensors,
     lower: Tensors,
+    turn: Turn = WHOLE,
 ) -> Any:
     """One evaluation of a function of (upper, lower), each a tuple of tensors or a dict by name."""
-    with guard.evaluation(level, function):  # of modules behind torch.func.functional_call
+    with guard.evaluation(level, function, turn):  # of modules behind torch.func.functional_call
         value = _called(function, level, upper_structure(upper), lower_structure(lower))
     return check(value, level, differentiable=False)
 

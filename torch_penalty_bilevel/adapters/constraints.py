@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..constraints import NO_FACES, Face, Faces, Inequality, LowerPoint, Projection
 from ..curvature import Loss
+from ..curvature.micro_batches import bare, plus
 from ..evaluation import Evaluation
 from ..levels import Level, names, parameters
 from ..multipliers import DualState, MultiplierRule
@@ -112,19 +113,18 @@ class ConstrainedLevel:
         if not values:
             return loss
 
-        def augmented(upper: Tensors, lower: Tensors) -> Tensor:
-            total = plain = loss(upper, lower)
+        def terms(upper: Tensors, lower: Tensors, plain: Tensor) -> list[Tensor]:
             seen = [h(upper, lower) for h in values]
             if self.level == "upper":
-                self._seen = _bare(plain), tuple(_bare(h) for h in seen)
+                self._seen = bare(plain), tuple(bare(h) for h in seen)
                 self.multipliers = self.multipliers or zeros_for(self._seen[1])
             z = LowerPoint.of(lower, len(values)).multipliers
             held = self.multipliers if self.level == "upper" else z
-            for triple in zip(self.inequalities, seen, held, strict=True):
-                total = total + self._term(*triple)
-            return total
+            return [
+                self._term(*triple) for triple in zip(self.inequalities, seen, held, strict=True)
+            ]
 
-        return augmented
+        return plus(loss, terms)
 
     def _term(self, inequality: Inequality, h: Tensor, multiplier: Tensor) -> Tensor:
         """Sum of (max(0, mu + rho h)^2 - mu^2) / (2 rho)."""
@@ -198,11 +198,6 @@ def upper_projection(constraint: Any, rule: Optimizer) -> ConstrainedLevel:
         )
     restriction.check_start(names(rule, "upper"), parameters(rule))
     return restriction
-
-
-def _bare(value: Tensor) -> Tensor:
-    """The numbers alone, also of a tensor inside ``torch.func.grad``."""
-    return torch.func.debug_unwrap(value.detach(), recurse=True)
 
 
 class ConstrainedLevels:

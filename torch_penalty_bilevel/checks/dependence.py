@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..curvature.double_backward import (
     refuse_reentrant_checkpoint,
     residual_graph,
 )
+from ..curvature.micro_batches import parts_of
 from ..errors import DoubleBackwardError, NondeterministicClosureError
 from ..linear_solve import random_direction
 from ..penalties import Losses
@@ -34,7 +35,7 @@ class Dependence(NamedTuple):
 
 
 def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) -> Dependence:
-    """Which upper parameters f and r depend on, and which lower ones g.
+    """Which upper parameters f and r depend on, and which lower ones g, or any part of them.
 
     By their graphs. That of r holds twice the activations of a plain gradient; where the
     engine takes differences, and need not, it is made only if a difference finds no dependence.
@@ -44,17 +45,35 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
         ValueError: g does not depend on the lower parameters.
         DoubleBackwardError: r has no graph, or one that hides a dependence, which the engine needs.
     """
-    upper_loss = losses.upper(*at)
+    in_upper_loss = _any_of([_direct(part, at) for part in parts_of(losses.upper)])
+    parts = parts_of(losses.lower)
+    found = [_of_lower(part, in_upper_loss, at, lower_is_map, engine) for part in parts]
+    if len(parts) > 1:
+        engine.in_use.renew()  # it has seen parts, and not yet their mean
+    residual, lower = (_any_of(uses) for uses in zip(*found, strict=True))
+    return Dependence(in_upper_loss, residual, lower)
+
+
+def _any_of(parts: Sequence[list[bool]]) -> list[bool]:
+    return [any(uses) for uses in zip(*parts, strict=True)]
+
+
+def _direct(upper: Loss, at: Pair) -> list[bool]:
+    upper_loss = upper(*at)
     refuse_reentrant_checkpoint(upper_loss)
-    in_upper_loss = graph.reached([upper_loss], at.upper)
-    del upper_loss
+    return graph.reached([upper_loss], at.upper)
+
+
+def _of_lower(
+    loss: Any, in_upper_loss: list[bool], at: Pair, lower_is_map: bool, engine: Curvature
+) -> tuple[list[bool], list[bool]]:
+    """Which upper parameters r depends on, and which lower ones g."""
     if lower_is_map:  # r = v - Phi depends on every v
-        image = list(losses.lower(*at))
-        return Dependence(in_upper_loss, graph.reached(image, at.upper), [True] * len(at.lower))
+        return graph.reached(list(loss(*at)), at.upper), [True] * len(at.lower)
     in_lower_loss: list[bool] = []
 
     def watched(upper: Tensors, lower: Tensors) -> Tensor:
-        value = losses.lower(upper, lower)
+        value = loss(upper, lower)
         in_lower_loss[:] = in_lower_loss or graph.reached([value], at.lower)
         return value
 
@@ -63,24 +82,24 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
     if differences:
         responds = _responds(watched, at, engine.in_use).upper
         if all(d or r for d, r in zip(in_upper_loss, responds, strict=True)) and any(responds):
-            return Dependence(in_upper_loss, responds, in_lower_loss)
+            return responds, in_lower_loss
     random = RandomState(p.device for p in (*at.upper, *at.lower))
     try:
-        residual, custom = _residual(losses.lower, at)
+        residual, custom = _residual(loss, at)
     except DoubleBackwardError:
         if not (differences or engine.falls_back):
             raise
         with random.replayed():
             responds = _responds(watched, at, _one_sided()).upper
-            return Dependence(in_upper_loss, responds, in_lower_loss)
+            return responds, in_lower_loss
     reached = graph.reached([r for r in residual if r is not None], at.upper)
     with random.replayed():
         if not differences:
-            responds = _beyond(reached, residual, custom, losses.lower, at, engine)
+            responds = _beyond(reached, residual, custom, loss, at, engine)
         elif not all(reached):
-            responds = _responds(losses.lower, at, _one_sided()).upper
+            responds = _responds(loss, at, _one_sided()).upper
     in_residual = [a or b for a, b in zip(reached, responds, strict=True)]
-    return Dependence(in_upper_loss, in_residual, [r is not None for r in residual])
+    return in_residual, [r is not None for r in residual]
 
 
 def _beyond(

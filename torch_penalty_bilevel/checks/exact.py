@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..curvature import Curvature
+from ..curvature import Curvature, Loss
+from ..curvature.micro_batches import mean_gradient, value_of
 from ..hypergradients import Linear, LocalProblem, MethodOptions, Upper, solve_adjoint
 from ..linear_solve import Solution, conjugate_gradient
 from ..penalties import Losses, Reduce
 from ..tensors import (
+    OptionalPair,
     Pair,
     Tensors,
     add,
@@ -102,7 +104,7 @@ class ImplicitProblem(LocalProblem):
         before = Pair(clones(self.at.upper), clones(self.at.lower))
         _assign(self.at.upper, add(cast_like(shift, before.upper), before.upper))
         error = self.solve_lower()
-        value = float(self.reduce((self.losses.upper(*self.at).detach(),))[0])
+        value = float(self.reduce((value_of(self.losses.upper, self.at),))[0])
         _assign(self.at.upper, before.upper)
         _assign(self.at.lower, before.lower)
         return value, error
@@ -123,10 +125,14 @@ class ImplicitProblem(LocalProblem):
         return after
 
     def _lower_gradient(self) -> tuple[Tensor, Tensors]:
-        value = self.losses.lower(*self.at)
-        slopes = torch.autograd.grad(value, self.at.lower, allow_unused=True)
-        gradient = tuple(dense(r) for r in filled(slopes, self.at.lower))
-        averaged = self.reduce((value.detach(), *gradient))
+        def one(loss: Loss) -> tuple[Tensor, OptionalPair]:
+            value = loss(*self.at)
+            slopes = torch.autograd.grad(value, self.at.lower, allow_unused=True)
+            return value.detach(), OptionalPair((), slopes)
+
+        value, slopes = mean_gradient(one, self.losses.lower)
+        gradient = tuple(dense(r) for r in filled(slopes.lower, self.at.lower))
+        averaged = self.reduce((value, *gradient))
         return averaged[0], averaged[1:]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature, Loss
+from ..curvature.micro_batches import MeanLoss
 from ..errors import warn
 from ..penalties import Losses
 from ..tensors import Pair
@@ -77,15 +78,21 @@ class FirstLook:
     def __init__(self, losses: Losses, at: Pair, engine: Curvature) -> None:
         lasts = engine.reads_live and not engine.takes_differences
         kind = _Remembered if lasts else _Compared
-        self._upper = kind(losses.upper, at, "upper_closure")
-        self._lower = kind(losses.lower, at, "lower_closure")
-        upper: Loss = self._upper
-        self.losses = losses._replace(upper=upper, lower=self._lower)
+        self._seen: list[_Remembered] = []
+
+        def seen(loss: Any, name: str) -> Any:
+            if isinstance(loss, MeanLoss):  # whose graphs, or maps, would all live at once
+                return loss
+            self._seen.append(kind(loss, at, name))
+            return self._seen[-1]
+
+        upper: Loss = seen(losses.upper, "upper_closure")
+        self.losses = losses._replace(upper=upper, lower=seen(losses.lower, "lower_closure"))
 
     def open(self) -> None:
         """From now on what was seen is handed out."""
-        self._upper.open()
-        self._lower.open()
+        for loss in self._seen:
+            loss.open()
 
 
 def _numbers(value: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_count, checked_number
 from ..curvature import Automatic, Curvature, FiniteDifference, Loss
+from ..curvature.micro_batches import MeanLoss, parts_of, value_of
 from ..errors import AdjointError, BilevelWarning
 from ..evaluation import Evaluation, measure
 from ..hypergradients import MethodOptions
@@ -153,7 +154,7 @@ def _repeats(losses: Losses, at: Pair) -> Repeats:
     """Call both closures three times: the second time with the random numbers of the first."""
 
     def values() -> Tensor:
-        pair = losses.upper(*at).detach(), losses.lower(*at).detach()
+        pair = value_of(losses.upper, at), value_of(losses.lower, at)
         return torch.stack([value.double().cpu() for value in pair])
 
     random = RandomState(t.device for t in (*at.upper, *at.lower))
@@ -172,11 +173,13 @@ def _with_same_random_numbers(losses: Losses, at: Pair) -> Losses:
     random = RandomState(t.device for t in (*at.upper, *at.lower))
 
     def held(loss: Loss) -> Loss:
+        first, *others = parts_of(loss)
+
         def replayed(upper: Tensors, lower: Tensors) -> Tensor:
             random.restore()
-            return loss(upper, lower)
+            return first(upper, lower)
 
-        return replayed
+        return MeanLoss([replayed, *others]) if others else replayed
 
     return Losses(held(losses.upper), held(losses.lower))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..curvature import Curvature
+from ..curvature.micro_batches import parts_of
 from ..errors import UnusedParameterError, warn
 from ..penalties import Losses
 from ..tensors import Pair
@@ -134,7 +135,8 @@ def _check_kept_state(losses: Losses, at: Pair, scope: Scope, called: bool) -> N
     def call() -> None:
         for loss in (losses.upper, losses.lower):
             with random.replayed():
-                loss(*at)
+                for part in parts_of(loss):
+                    part(*at)
 
     if not called:
         call()

@@ -17,6 +17,7 @@ from .alarm import Alarm
 from .double_backward import DoubleBackward
 from .finite_difference import FiniteDifference
 from .inspection import UNSTEADY, Inspection, warn, with_plain_attention
+from .micro_batches import MeanLoss, each
 from .protocol import Curvature, Linearised, Loss, Map
 
 _log = logging.getLogger(__name__)
@@ -169,16 +170,16 @@ class Automatic(Curvature):
         Graphs are looked through, and random numbers kept, until it has worked once.
         """
         if self._plain_attention:
-            loss = with_plain_attention(loss)
+            loss = each(with_plain_attention, loss)
         random, unknown, seen = None, loss, Inspection()
         if not self._works:
             random = RandomState(t.device for t in (*at.upper, *at.lower))
-            unknown = seen.noting(loss)
+            unknown = each(seen.noting, loss)
 
         def again(reason: DoubleBackwardError) -> Linearised:
             if seen.kink and seen.fused_attention and not self._plain_attention:
                 self._plain_attention = True
-                engine, repeated = self._exact, with_plain_attention(loss)
+                engine, repeated = self._exact, each(with_plain_attention, loss)
                 warn(
                     "attention is taken in its plain form (sdpa_kernel(SDPBackend.MATH)), as its "
                     f"fused one has no second derivative and {seen.kink} beside it rules "
@@ -209,7 +210,7 @@ class Automatic(Curvature):
                 self._works, self.reason = True, "torch has all second derivatives"
             return result
 
-        return Linearised(tried.loss, tried.residual, product)
+        return tried._replace(product=product)
 
     # Looks.
 
@@ -225,7 +226,9 @@ class Automatic(Curvature):
         seen, before = Inspection(), self.current
         differences = before if isinstance(before, FiniteDifference) else FiniteDifference()
         with evidence.Traffic() as traffic:
-            exact = self._tried(seen.looking(loss, differences.note), at, reusable)
+            exact = self._tried(each(seen.looking, differences.looking(loss)), at, reusable)
+        if isinstance(loss, MeanLoss):  # the product evaluates it anew
+            traffic = evidence.Traffic()
         is_open = True
 
         def product(direction: Tensors) -> OptionalPair:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import BilevelError, DoubleBackwardError
 from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors, norm
 from . import autograd_graph as graph
+from .micro_batches import MeanLoss, TwoPasses, mean_gradient
 from .protocol import Curvature, Linearised, Loss, Map
 
 _REMEDY = (
@@ -160,7 +161,9 @@ def refuse_silently_wrong(value: Tensor) -> None:
 
 
 def first_order(loss: Loss, at: Pair, *, inspect: bool) -> tuple[Tensor, OptionalPair]:
-    """Value and gradient of ``loss`` for both levels by one ordinary backward pass."""
+    """Value and gradient of ``loss`` for both levels by one ordinary backward pass (per part)."""
+    if isinstance(loss, MeanLoss):
+        return mean_gradient(lambda part: first_order(part, at, inspect=inspect), loss)
     value = loss(at.upper, at.lower)
     if inspect:
         refuse_reentrant_checkpoint(value)
@@ -191,6 +194,7 @@ class DoubleBackward(Curvature):
     def renew(self) -> None:
         # Walking a large graph takes milliseconds, so each loss is looked through once.
         self._inspected_upper = self._inspected = False
+        self._passes = TwoPasses()
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         result = first_order(loss, at, inspect=not self._inspected_upper)
@@ -198,8 +202,26 @@ class DoubleBackward(Curvature):
         return result
 
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
+        if isinstance(loss, MeanLoss):
+            return self._linearise_mean(loss, at)
         value = loss(at.upper, at.lower)
         self.inspect(value)
+        return self._made(value, at, reusable)
+
+    def _linearise_mean(self, loss: MeanLoss, at: Pair) -> Linearised:
+        def first(part: Loss) -> tuple[Tensor, OptionalTensors]:
+            value = part(at.upper, at.lower)
+            self._refuse(value)
+            return value.detach(), _first(value, at.lower, allow_unused=True)
+
+        def again(part: Loss) -> Linearised:
+            return self._made(part(at.upper, at.lower), at, False)
+
+        made = self._passes.linearised(first, again, loss, at)
+        self._inspected = True
+        return made
+
+    def _made(self, value: Tensor, at: Pair, reusable: bool) -> Linearised:
         slopes = residual_graph(value, at.lower)
         residual = tuple(
             torch.zeros_like(v, requires_grad=False) if r is None else r
@@ -208,6 +230,8 @@ class DoubleBackward(Curvature):
         return _with_pullback(value, residual, at, reusable)
 
     def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
+        if isinstance(phi, MeanLoss):
+            return self._linearise_mean_map(phi, at)
         image = phi(*at)
         for part in image:
             refuse_reentrant_checkpoint(part)
@@ -216,13 +240,25 @@ class DoubleBackward(Curvature):
         linearised = _with_pullback(half_square(residual), residual, at, reusable)
         return linearised._replace(transposed=_pushforward(residual, at))
 
+    def _linearise_mean_map(self, phi: MeanLoss, at: Pair) -> Linearised:
+        def first(part: Map) -> tuple[Tensor, Tensors]:
+            made = self.linearise_map(part, at)
+            return made.loss, made.residual
+
+        def again(part: Map) -> Linearised:
+            return self.linearise_map(part, at)
+
+        return self._passes.linearised(first, again, phi, at, half_square)
+
     def inspect(self, value: Tensor) -> None:
         """Refuse, once, a graph whose second derivative is known to be wrong."""
-        if self._inspected:
-            return
-        refuse_reentrant_checkpoint(value)
-        refuse_silently_wrong(value)
+        self._refuse(value)
         self._inspected = True
+
+    def _refuse(self, value: Tensor) -> None:
+        if not self._inspected:
+            refuse_reentrant_checkpoint(value)
+            refuse_silently_wrong(value)
 
 
 def half_square(residual: Tensors) -> Tensor:

@@ -15,6 +15,8 @@ from ..undo.random_state import RandomState
 from ..undo.repeats import check_gradient_repeats
 from . import autograd_graph as graph
 from .double_backward import first_order
+from .micro_batches import NEEDS_REPETITION as PARTS_NEED_REPETITION
+from .micro_batches import MeanLoss, each
 from .protocol import Curvature, Linearised, Loss
 
 # (forward, central) relative steps ||delta|| / ||v||. A forward difference errs by
@@ -80,10 +82,25 @@ class FiniteDifference(Curvature):
         self._computed_in: torch.dtype | None = None
         self._has_tf32 = False
 
-    def note(self, value: Tensor) -> None:
-        """See how precisely g, 0-d with its graph, is computed; by itself it looks once."""
-        self._computed_in = graph.coarsest(value)
-        self._has_tf32 = graph.rounds_to_tf32(value)
+    def looking(self, loss: Loss) -> Loss:
+        """``loss``, seen as precisely computed as its next evaluation is; by itself it looks once.
+
+        Of several parts the coarsest counts.
+        """
+        self._computed_in, self._has_tf32 = None, False
+
+        def looked_at(part: Loss) -> Loss:
+            def value_of_part(upper: Tensors, lower: Tensors) -> Tensor:
+                value = part(upper, lower)
+                found = graph.coarsest(value)
+                dtypes = found, self._computed_in or found
+                self._computed_in = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+                self._has_tf32 |= graph.rounds_to_tf32(value)
+                return value
+
+            return value_of_part
+
+        return each(looked_at, loss)
 
     @property
     def is_coarse(self) -> bool:
@@ -110,12 +127,14 @@ class FiniteDifference(Curvature):
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         del reusable  # nothing is freed, so it always is
         random = RandomState(t.device for t in (*at.upper, *at.lower))
-        looked_at = loss if self._closure_repeats else self._looking(loss)
+        looked_at = loss if self._closure_repeats else self.looking(loss)
         value, here = first_order(looked_at, at, inspect=not self._closure_repeats)
         if not self._closure_repeats:
             with random.replayed():
                 again = first_order(loss, at, inspect=False)
-            check_gradient_repeats((value, here), again, _NEEDS_REPETITION)
+            is_mean = isinstance(loss, MeanLoss)
+            remedy = PARTS_NEED_REPETITION if is_mean else _NEEDS_REPETITION
+            check_gradient_repeats((value, here), again, remedy)
             self._closure_repeats = True
         step, central = self._step_for((*at.lower, *self._stand_in(at.lower)))
         radius = step * _positive_or_one(norm([v.detach() for v in at.lower]))
@@ -138,14 +157,6 @@ class FiniteDifference(Curvature):
             for r, v in zip(here.lower, at.lower, strict=True)
         )
         return Linearised(value, residual, product)
-
-    def _looking(self, loss: Loss) -> Loss:
-        def looked_at(upper: Tensors, lower: Tensors) -> Tensor:
-            value = loss(upper, lower)
-            self.note(value)
-            return value
-
-        return looked_at
 
     def _stand_in(self, lower: Tensors) -> Tensors:
         """A tensor of every dtype that g is computed in beside those of v."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,7 +16,7 @@ _PLAIN_ATTENTION = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 class Inspection:
-    """What the graph of a loss was seen to hold."""
+    """What the graph of a loss, or of one of its parts, was seen to hold."""
 
     kink: str | None = None
     """An operation with a derivative that jumps."""
@@ -34,19 +32,18 @@ class Inspection:
                     f"nothing vouches for the second derivative of {culprit}",
                     'pass curvature="double_backward" if you know that it is right',
                 )
-            self.kink = graph.kink(value)
-            self.fused_attention = graph.has_fused_attention(value)
+            self.kink = self.kink or graph.kink(value)
+            self.fused_attention |= graph.has_fused_attention(value)
             return value
 
         return noted
 
-    def looking(self, loss: Loss, note: Callable[[Tensor], None]) -> Loss:
-        """``loss``, of whose graph ``note`` is told; fills in ``kink``."""
+    def looking(self, loss: Loss) -> Loss:
+        """``loss``; fills in ``kink``."""
 
         def looked_at(upper: Tensors, lower: Tensors) -> Tensor:
             value = loss(upper, lower)
-            self.kink = graph.kink(value)
-            note(value)
+            self.kink = self.kink or graph.kink(value)
             return value
 
         return looked_at

@@ -31,6 +31,8 @@ class Linearised(NamedTuple):
     J = d2g/du dv (n_u x n_v) and H = d2g/dv2."""
     transposed: Callable[[Tensors], Tensors] | None = None
     """w -> (dr/dv) w of a map; None of a loss, where H is symmetric and ``product`` serves."""
+    again: int = 0
+    """Gradient evaluations that each product takes beyond ``product_cost``."""
 
 
 class Curvature:

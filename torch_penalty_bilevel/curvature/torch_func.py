@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors import OptionalPair, Pair, Tensors
+from ..tensors import OptionalPair, OptionalTensors, Pair, Tensors
 from .double_backward import explained, half_square, refuse_silently_wrong
+from .micro_batches import MeanLoss, TwoPasses, mean_gradient
 from .protocol import Curvature, Linearised, Loss, Map
 
 
@@ -27,13 +28,22 @@ class VectorJacobian(Curvature):
     name = "functional"
     reads_live = False
 
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self._passes = TwoPasses()
+
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
+        if isinstance(loss, MeanLoss):
+            return mean_gradient(lambda part: self.gradient(part, at), loss)
         (upper, lower), value = torch.func.grad_and_value(loss, argnums=(0, 1))(*at)
         return value, OptionalPair(upper, lower)
 
     def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
         del reusable  # the pullback keeps its graph
-
+        if isinstance(loss, MeanLoss):
+            return self._linearise_mean(loss, at)
         inspected = _Inspected(loss)
 
         def residual_of(upper: Tensors, lower: Tensors) -> tuple[Tensors, Tensor]:
@@ -50,8 +60,17 @@ class VectorJacobian(Curvature):
 
         return Linearised(value, residual, product)
 
+    def _linearise_mean(self, loss: MeanLoss, at: Pair) -> Linearised:
+        def first(part: Loss) -> tuple[Tensor, OptionalTensors]:
+            residual, value = torch.func.grad_and_value(part, argnums=1)(*at)
+            return value, residual
+
+        return self._passes.linearised(first, lambda part: self.linearise(part, at), loss, at)
+
     def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
         del reusable
+        if isinstance(phi, MeanLoss):
+            return self._linearise_mean_map(phi, at)
 
         def residual_of(upper: Tensors, lower: Tensors) -> Tensors:
             image = phi(upper, lower)
@@ -67,6 +86,16 @@ class VectorJacobian(Curvature):
             return torch.func.jvp(lambda v: residual_of(at.upper, v), (at.lower,), (direction,))[1]
 
         return Linearised(half_square(residual), residual, product, transposed)
+
+    def _linearise_mean_map(self, phi: MeanLoss, at: Pair) -> Linearised:
+        def first(part: Map) -> tuple[Tensor, Tensors]:
+            residual = tuple(v - p for v, p in zip(at.lower, part(*at), strict=True))
+            return half_square(residual), residual
+
+        def again(part: Map) -> Linearised:
+            return self.linearise_map(part, at)
+
+        return self._passes.linearised(first, again, phi, at, half_square)
 
 
 class _Inspected:

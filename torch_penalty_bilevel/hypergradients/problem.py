@@ -165,7 +165,7 @@ class Linear:
         if self._last is None or self._last[0] is not adjoint:
             problem = self._problem
             parts = self._made.product(cast_like(adjoint, problem.at.lower))
-            problem.evaluations += problem.engine.product_cost
+            problem.evaluations += problem.engine.product_cost + self._made.again
             both = problem.averaged(parts.upper), problem.lower_part(parts.lower)
             self._last = adjoint, both
         return self._last[1]
@@ -178,7 +178,7 @@ class Linear:
         """A'w; of a loss A w."""
         if self._made.transposed is None:
             return self.product(vector)
-        self._problem.evaluations += 1
+        self._problem.evaluations += 1 + self._made.again
         return self._problem.lower_part(
             self._made.transposed(cast_like(vector, self._problem.at.lower))
         )

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from ..curvature import Loss
 from ..curvature import autograd_graph as graph
+from ..curvature.micro_batches import each, plus
 from ..errors import warn
 from ..tensors import Tensors
 from .around import around
@@ -96,21 +97,28 @@ def with_decay(loss: Loss, rule: Optimizer) -> Loss:
     As in torch, where a parameter without a gradient does not decay. The groups are read at
     each evaluation.
     """
+    used: list[list[bool]] = []  # by the parts evaluated since the last decay
 
-    def decayed(upper: Tensors, lower: Tensors) -> Tensor:
-        value = loss(upper, lower)
-        decays = _decays(rule)
-        if not any(decays):
+    def watched(part: Loss) -> Loss:
+        def value_of_part(upper: Tensors, lower: Tensors) -> Tensor:
+            value = part(upper, lower)
+            if any(_decays(rule)):
+                used.append(graph.reached([value], lower))
             return value
-        used = graph.reached([value], lower)
-        with torch.enable_grad():
-            for parameter, decay, is_used in zip(lower, decays, used, strict=False):
-                if decay and is_used:
-                    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-                    value = value + (0.5 * decay * wide.square().sum()).to(value.device)
-        return value
 
-    return decayed
+        return value_of_part
+
+    def decays(upper: Tensors, lower: Tensors, plain: Tensor) -> list[Tensor]:
+        uses = [any(parts) for parts in zip(*used, strict=True)]
+        used.clear()
+        found: list[Tensor] = []
+        for parameter, decay, is_used in zip(lower, _decays(rule), uses, strict=False):
+            if decay and is_used:
+                wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+                found.append((0.5 * decay * wide.square().sum()).to(plain.device))
+        return found
+
+    return plus(each(watched, loss), decays)
 
 
 def _decays(rule: Optimizer) -> list[Any]:

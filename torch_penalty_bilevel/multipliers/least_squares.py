@@ -20,8 +20,7 @@ from .preconditioning import Preconditioner, Units, resting
 from .protocol import Jump, MultiplierRule
 from .watch import Watch
 
-_LARGEST_SUBSPACE = 10**7
-"""Numbers in v up to which the correction is made where nobody says."""
+_LARGEST_SUBSPACE = 10**7  # numbers in v up to which the correction is made where nobody says
 
 
 class LeastSquares(MultiplierRule):
@@ -129,8 +128,7 @@ class LeastSquares(MultiplierRule):
         self.damping, self.share, self.ridge = damping, share, ridge
         check_asked(correct_lower, subspace, preconditioner is not None)
         self.subspace = True if correct_lower else subspace
-        self.correct_lower = correct_lower
-        self.preconditioner = preconditioner
+        self.correct_lower, self.preconditioner = correct_lower, preconditioner
         Units.of(preconditioner, self.ridge)
 
     @property
@@ -156,8 +154,7 @@ class LeastSquares(MultiplierRule):
         return kind.at(lower, damping=self.damping)
 
     def curvature_bound(self, state: LeastSquaresState) -> float | None:
-        # Else L bounds H in other units.
-        return state.curvature if self._units is None else None
+        return state.curvature if self._units is None else None  # else of H in other units
 
     def correction_gain(self, state: LeastSquaresState) -> float:
         return state.forecast.gain if isinstance(state, SubspaceState) else math.nan
@@ -217,6 +214,12 @@ class LeastSquares(MultiplierRule):
     def followed(self, state: LeastSquaresState, move: Tensors) -> LeastSquaresState:
         return state.but(lower_move=move)
 
+    def followed_further(self, state: FollowedState, move: Tensors) -> FollowedState:
+        return state.but(lower_move=axpy(1.0, state.lower_move, move))
+
+    def plain_direction(self, state: LeastSquaresState, residual: Tensors) -> Tensors:
+        return residual if self.damping == 1.0 else scale(residual, self.damping)
+
     def lower_update(
         self, state: LeastSquaresState, evaluation: Evaluation, norms: Norms
     ) -> tuple[Tensors, LeastSquaresState]:
@@ -225,9 +228,7 @@ class LeastSquares(MultiplierRule):
             after = self._moved(state, evaluation, norms)
         else:
             after = units.outside(self._moved(*units.inside(state, evaluation, norms)))
-        residual = evaluation.residual
-        if self.damping != 1.0:
-            residual = scale(residual, self.damping)
+        residual = self.plain_direction(state, evaluation.residual)
         return axpy(after.pull, evaluation.adjoint_residual, residual), after
 
     def _moved(

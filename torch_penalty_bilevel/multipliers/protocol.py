@@ -103,6 +103,17 @@ class MultiplierRule(Protocol):
         """The state once v has moved by ``move``, jump, lower rule and constraint together."""
         return state
 
+    def followed_further(self, state: Any, move: Tensors) -> Any:
+        """The state once v has moved by ``move`` beyond what ``followed`` was told."""
+        return state
+
+    def plain_direction(self, state: Any, residual: Tensors) -> Tensors | None:
+        """The gradient for the lower rule in a step that knows r alone, in which q waits.
+
+        None (default) where q lives in r or in where v is, so that such a step would wash it out.
+        """
+        return None
+
     def lower_update(self, state: Any, evaluation: Evaluation, norms: Norms) -> tuple[Tensors, Any]:
         """The gradient d for the lower rule, and the state after this lower step."""
         ...

@@ -21,6 +21,7 @@ from ..checks.report import HypergradientReport
 from ..checks.suspicions import DependenceWatch
 from ..constraints import NO_FACES
 from ..curvature import Curvature
+from ..curvature.micro_batches import value_of
 from ..errors import AdjointError
 from ..evaluation import Evaluation, Norms, measure
 from ..hypergradients import (
@@ -222,7 +223,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             self._look(losses, here)
             problem = self._problem(losses, here)
             with torch.no_grad():
-                loss = losses.upper(*self.curvature.point(here.at)).detach()
+                loss = value_of(losses.upper, self.curvature.point(here.at))
             take_lower_steps(problem, self.lower, 1, 0)
             self._counts["gradient_evaluations"] += problem.evaluations
         return loss

@@ -28,8 +28,8 @@ from ..penalties import Losses, Penalty, Reduce, one_worker
 from ..tensors import Pair, Tensors, axpy, clones, shift
 from ..undo.buffers import BufferGuard
 from ..undo.transaction import rehearsal
+from .plain_steps import TakesPlainSteps
 from .two_level import Seen
-from .waiting import WaitsForLower
 
 _ADVICE = self_check.Advice(
     solver="multiplier",
@@ -40,7 +40,7 @@ _ADVICE = self_check.Advice(
 )
 
 
-class PenaltyBilevelOptimizer(WaitsForLower):
+class PenaltyBilevelOptimizer(TakesPlainSteps):
     r"""Solves :math:`\min_u f(u, v)` where v minimises :math:`g(u, \cdot)`, in an ordinary loop.
 
     The lower problem is replaced by its stationarity and the violation is penalised, with a
@@ -110,7 +110,7 @@ class PenaltyBilevelOptimizer(WaitsForLower):
     """
 
     _fields = (
-        *WaitsForLower._fields,
+        *TakesPlainSteps._fields,
         "lower_steps",
         "certificate_tolerance",
         "max_lower_steps",
@@ -194,7 +194,9 @@ class PenaltyBilevelOptimizer(WaitsForLower):
         every evaluation is then one of another batch. Where g is repeated draw the batch outside.
 
         Args:
-            upper_closure: returns f, 0-d, from live tensors and modules; does not call backward.
+            upper_closure: returns f, 0-d, from live tensors and modules; does not call backward. Or
+                a sequence of closures, one per micro-batch: f is the mean of theirs, the step that
+                of the joined batch to rounding, the memory that of one (see the README).
             lower_closure: returns g, likewise.
             closure: f again, or both: trainers pass on ``step(closure=f, lower_closure=g)`` and
                 ``step((f, g))``.

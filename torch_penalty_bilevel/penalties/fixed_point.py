@@ -73,7 +73,8 @@ class FixedPoint:
             raise ValueError(refusal(curvature))
         upper = curvature.gradient(losses.upper, at)
         linearised = curvature.linearise_map(losses.lower, at, reusable=self.rule.probes(state))
-        return evaluate_residual(self.rule, state, at, upper, linearised, 1, reduce)
+        cost = 1 + linearised.again
+        return evaluate_residual(self.rule, state, at, upper, linearised, cost, reduce)
 
 
 def refusal(curvature: Curvature) -> str:

@@ -67,7 +67,7 @@ class Stationarity:
         linearised = curvature.linearise(losses.lower, at, reusable=self.rule.probes(state))
         if other_residual is not None:
             linearised = linearised._replace(residual=other_residual)
-        cost = curvature.product_cost
+        cost = curvature.product_cost + linearised.again
         evaluation = evaluate_residual(
             self.rule,
             state,

@@ -3,7 +3,8 @@
 One optimizer step evaluates each loss several times. Every evaluation starts from the buffers
 as they were before the step, works on clones, and is undone afterwards; the clones of one
 evaluation - the first of the lower loss, or of the upper loss for modules whose buffers the lower
-loss does not move - become the buffers when the step has succeeded.
+loss does not move - become the buffers when the step has succeeded. A loss in parts (micro-batches)
+is evaluated once when all of them are: each part goes on where the one before left the buffers.
 
 Clones are swapped in, never written back with ``copy_`` while a graph is pending: batch
 normalisation changes its running statistics without telling autograd, and the backward pass
@@ -25,6 +26,16 @@ Buffers: TypeAlias = dict[str, Tensor]
 Level: TypeAlias = Literal["upper", "lower"]
 
 
+class Turn(NamedTuple):
+    """Which part of a loss is evaluated, of how many, in order."""
+
+    number: int
+    total: int
+
+
+WHOLE = Turn(0, 1)
+
+
 class BufferGuard:
     """Holds the buffers of the training-mode modules that closures may use.
 
@@ -36,15 +47,21 @@ class BufferGuard:
         self._roots: dict[int, tuple[object, Sequence[nn.Module]]] = {}
         self._originals: dict[nn.Module, Buffers] = {}
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
+        self._passed: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
     def expect(self, *functions: Callable[..., Any]) -> None:
         """Say which functions will be evaluated."""
         self._scope.is_new = not self._scope.knows(*functions)
 
     @contextlib.contextmanager
-    def evaluation(self, level: Level, function: Callable[..., Any]) -> Generator[None]:
+    def evaluation(
+        self, level: Level, function: Callable[..., Any], turn: Turn = WHOLE
+    ) -> Generator[None]:
         """One evaluation of a level's loss, a call of ``function``, on clones of the buffers."""
         clones: dict[nn.Module, Buffers] = {}
+        passed = self._passed[level] if turn.total > 1 else {}
+        if turn.number == 0:
+            passed.clear()
         visited: set[nn.Module] = set()
 
         def swap_in_clones(root: nn.Module) -> bool:
@@ -57,7 +74,7 @@ class BufferGuard:
                 visited.add(part)
                 pending.extend(m for m in part._modules.values() if m is not None)
                 if part._buffers and part.training:
-                    self._swap(part, clones)
+                    self._swap(part, clones, passed)
             return fresh
 
         try:
@@ -69,8 +86,12 @@ class BufferGuard:
             else:
                 yield
             for module, own in clones.items():
-                if module not in self._first[level]:
-                    self._first[level][module] = _Moved.of(module, own)
+                if turn.total > 1 or module not in self._first[level]:
+                    passed[module] = _Moved.of(module, own, passed.get(module))
+            if turn.number == turn.total - 1 and not (turn.total > 1 and self._scope.searches):
+                # A search calls parts more than once each.
+                for module, moved in passed.items():
+                    self._first[level].setdefault(module, moved)
         finally:
             for module in clones:
                 _put(self._originals[module], module)
@@ -83,11 +104,19 @@ class BufferGuard:
             self._roots[id(function)] = function, self._scope.modules(function)
         return self._roots[id(function)][1]
 
-    def _swap(self, module: nn.Module, clones: dict[nn.Module, Buffers]) -> None:
+    def _swap(
+        self,
+        module: nn.Module,
+        clones: dict[nn.Module, Buffers],
+        passed: dict[nn.Module, _Moved],
+    ) -> None:
         if module not in self._originals:
             held = {name: b for name, b in module._buffers.items() if b is not None}
             self._originals[module] = held
-        clones[module] = {name: b.clone() for name, b in self._originals[module].items()}
+        held = self._originals[module]
+        if module in passed:  # whose graph is not part of this one
+            held = {name: b.detach() for name, b in passed[module].buffers.items()}
+        clones[module] = {name: b.clone() for name, b in held.items()}
         _put(clones[module], module)
 
     @torch.no_grad()
@@ -105,8 +134,8 @@ class BufferGuard:
         if targets:
             torch._foreach_copy_(targets, values)
         self._originals.clear()
-        for first in self._first.values():
-            first.clear()
+        for held in (*self._first.values(), *self._passed.values()):
+            held.clear()
 
     def _final(self, module: nn.Module, originals: Buffers) -> Buffers:
         lower, upper = (self._first[level].get(module) for level in ("lower", "upper"))
@@ -139,10 +168,10 @@ class _Moved(NamedTuple):
     """Was one replaced or written into? If not, kernels that do not tell autograd may have."""
 
     @classmethod
-    def of(cls, module: nn.Module, clones: Buffers) -> _Moved:
+    def of(cls, module: nn.Module, clones: Buffers, before: _Moved | None = None) -> _Moved:
         now = dict(clones)
         for name in clones:  # a module may have replaced its buffer instead of writing into it
             if (held := module._buffers.get(name)) is not None:
                 now[name] = held
         surely = any(now[n] is not clone or clone._version > 0 for n, clone in clones.items())
-        return cls(now, surely)
+        return cls(now, surely or (before is not None and before.surely))
