@@ -1,7 +1,8 @@
 """The rows of the table: ways to choose the weights while the transformer trains.
 
-All begin with the same transformer and see as many letters of the sources per step; the text of
-the others' look-aheads and of f comes on top, and is in their seconds.
+All begin with the same transformer and train it on as many letters of the sources, from the same
+draws of windows where weights are equal. What some read besides (f's clean letters, a second and
+third training) is in their seconds.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ from examples.mix_sources.formulation import Mixing, allotted, letter_losses
 from examples.mix_sources.methods import METHODS, Rates, alignments
 from examples.mix_sources.problem import BINARIES, WANTED, make_mixture
 from examples.mix_sources.report import against_uniform, shown
-from examples.mix_sources.training import held_out_loss, shares
+from examples.mix_sources.training import held_out_loss, shares, train
 from examples.mix_sources.transformer import Size
+from examples.shared import run as shared_run
+from examples.shared.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -216,6 +218,32 @@ def test_doremi_by_hand():
     assert expected.max() > 1.1 * expected.min()
     method.step(0, 2)
     torch.testing.assert_close(task.held, expected)
+
+
+@pytest.mark.parametrize("name", ["penalty", "t1_t2", "doremi"])
+def test_a_run_that_was_cut_goes_on_bit_equally(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_run, "SAVE_EVERY", 0.0)
+    line, device = {"method": name, "seed": 0}, torch.device("cpu")
+    budget = 9 if name != "doremi" else 4
+    whole = train(name, mixing(), budget, 2, Run(line, tmp_path / "whole", device))
+    kind = METHODS[name][0]
+    step, cut_at = kind.step, 10 if name == "doremi" else 7
+
+    def cut(self, number, stage):
+        if number + stage * budget == cut_at:
+            raise KeyboardInterrupt
+        step(self, number, stage)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(name, mixing(), budget, 2, Run(line, tmp_path / "cut", device))
+    torch.manual_seed(9)
+    later = train(name, mixing(), budget, 2, Run(line, tmp_path / "cut", device, resume=True))
+    for key in ("test", "weights"):
+        assert later[key] == whole[key]
+    values = [[point["weights"] for point in run["path"]] for run in (later, whole)]
+    assert values[0] == values[1]
 
 
 def test_what_the_rows_train_on():
