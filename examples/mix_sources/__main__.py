@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     add("--context", type=int, default=64, help="letters (64)")
     add("--windows", type=int, default=40, help="of text per step, at least 10 (40)")
     add("--compile", action="store_true", help="torch.compile the transformer; counts as time")
-    command.add_common(parser, tuple(METHODS), DEFAULT, 1000, "steps of training", seeds=3)
+    command.add_common(parser, tuple(METHODS), DEFAULT, 600, "steps of training", seeds=3)
     options = parser.parse_args()
     if options.smoke:
         vars(options).update(SMOKE)

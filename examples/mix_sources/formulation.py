@@ -112,13 +112,20 @@ class Mixing:
 def penalty_optimizer(task: Mixing, upper_lr: float, lower_lr: float) -> PenaltyBilevelOptimizer:
     """All that the penalty method asks for."""
     return PenaltyBilevelOptimizer(
-        task.weights.parameters(),
+        upper_rule(task, upper_lr),
         task.model.parameters(),
-        upper_lr=upper_lr,
         lower_lr=lower_lr,
         curvature="finite_difference",
         penalty=Stationarity(LeastSquares(share=0.0)),
     )
+
+
+def upper_rule(task: Mixing, rate: float) -> torch.optim.Adam:
+    """For u: gradients fall by orders of magnitude along a run, with f's and with the weights.
+
+    Adam's usual memory of 1,000 squares would hold u where the first hundred steps have left it.
+    """
+    return torch.optim.Adam(task.weights.parameters(), lr=rate, betas=(0.9, 0.95))
 
 
 def letter_losses(scores: torch.nn.Module, windows: Tensor) -> Tensor:

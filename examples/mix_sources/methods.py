@@ -18,6 +18,7 @@ from examples.mix_sources.formulation import (
     Mixing,
     letter_losses,
     penalty_optimizer,
+    upper_rule,
     windows_of,
 )
 
@@ -150,7 +151,7 @@ class OneStep(Learned):
     """T1-T2: q = -grad_v f, so that a weight rises where its source's gradient looks like f's."""
 
     def begin(self) -> None:
-        self.upper = torch.optim.Adam(self.task.weights.parameters(), lr=self.rates.upper)
+        self.upper = upper_rule(self.task, self.rates.upper)
 
     @property
     def rules(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -253,8 +254,8 @@ def alignments(task: Mixing) -> Tensor:
 
 
 METHODS: dict[str, tuple[type[Method], Rates]] = {
-    "penalty": (Penalty, Rates(3e-3, 0.1)),
-    "t1_t2": (OneStep, Rates(3e-3, 0.1)),
+    "penalty": (Penalty, Rates(3e-3, 0.15)),
+    "t1_t2": (OneStep, Rates(3e-3, 0.15)),
     "doremi": (DoReMi, Rates(3e-3, 1.0)),
     "uniform": (Uniform, Rates(3e-3)),
     "target": (Target, Rates(3e-3)),
