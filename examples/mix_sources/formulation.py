@@ -9,7 +9,8 @@ derivative: products with H are finite differences of gradients.
 
 A step of training sees as many windows of text as w allots: ``windows`` in all, at least one of
 each source. L(v; source k) is the mean over those of source k, so that g is unbiased however they
-are allotted, and text that has no weight is not paid for.
+are allotted, and text that has no weight is not paid for. When u moves all sources get equally many
+windows: their products with q are compared, and one window says little.
 
 u moves once in m steps of v. In between v takes plain steps on g (``plain_lower_step``), which cost
 what training costs: no gradient of f, no product. This is sound because
@@ -73,13 +74,13 @@ class Mixing:
     def hold(self, weights: Tensor) -> None:
         """From now on plain steps have these weights, (K,), and windows are allotted by them."""
         self.held = weights
-        counts = torch.tensor(allotted(weights.tolist(), self.windows), device=weights.device)
-        numbers = torch.arange(len(weights), device=weights.device)
-        self.counts, self.source = counts, numbers.repeat_interleave(counts)
 
-    def draw(self) -> None:
-        """New windows, (n, context + 1): of the sources, and of the clean text."""
-        device = self.source.device
+    def draw(self, equally: bool = False) -> None:
+        """New windows, (n, context + 1): clean ones, and of the sources, by weight or equally."""
+        device, count = self.held.device, len(self.held)
+        weights = [1 / count] * count if equally else self.held.tolist()
+        self.counts = torch.tensor(allotted(weights, self.windows), device=device)
+        self.source = torch.arange(count, device=device).repeat_interleave(self.counts)
         length = self.size.context + 1
         starts = self.mixture.sources.shape[1] - length + 1
         first = torch.randint(starts, (len(self.source), 1), device=device)

@@ -108,12 +108,13 @@ class Learned(Method):
     """Weights that move every m steps, by the gradient of f with respect to u."""
 
     def step(self, number: int, stage: int) -> None:
-        self.task.draw()
-        if (number + 1) % self.every:
-            self.lower_level()
-        else:
+        moves = (number + 1) % self.every == 0
+        self.task.draw(equally=moves)
+        if moves:
             self.both_levels()
             self.refresh()
+        else:
+            self.lower_level()
 
     def lower_level(self) -> None:
         """A step of v."""
@@ -254,8 +255,8 @@ def alignments(task: Mixing) -> Tensor:
 
 
 METHODS: dict[str, tuple[type[Method], Rates]] = {
-    "penalty": (Penalty, Rates(3e-3, 0.15)),
-    "t1_t2": (OneStep, Rates(3e-3, 0.15)),
+    "penalty": (Penalty, Rates(3e-3, 0.1)),
+    "t1_t2": (OneStep, Rates(3e-3, 0.1)),
     "doremi": (DoReMi, Rates(3e-3, 1.0)),
     "uniform": (Uniform, Rates(3e-3)),
     "target": (Target, Rates(3e-3)),

@@ -134,6 +134,9 @@ class TestFormulation:
         scores = task.model(task.clean[:, :-1]).flatten(0, 1)
         expected = cross_entropy(scores, task.clean[:, 1:].flatten())
         torch.testing.assert_close(task.upper_loss(), expected)
+        task.draw(equally=True)
+        assert set(task.counts.tolist()) == {2, 3}
+        torch.testing.assert_close(task.lower_loss(), (w * by_source(task)).sum())
 
     def test_windows_are_of_the_source_that_they_are_counted_for(self):
         task = mixing()
@@ -174,6 +177,10 @@ class TestFormulation:
     def test_v_follows_g_alone_in_both_kinds_of_steps(self):
         """With weights that do not move: ordinary training, to the accuracy of a sum's order."""
         task, twin = mixing(), mixing()
+        with torch.no_grad():
+            task.weights.logits.zero_()
+        for each in (task, twin):  # equal weights: both draw alike when u moves
+            each.hold(torch.full((10,), 0.1))
         method = METHODS["penalty"][0](task, Rates(1e-2, 0.0), every=2)
         plain = METHODS["uniform"][0](twin, Rates(1e-2))
         for number in range(6):
@@ -248,7 +255,7 @@ def test_a_run_that_was_cut_goes_on_bit_equally(name, tmp_path, monkeypatch):
 
 def test_what_the_rows_train_on():
     task = mixing()
-    METHODS["oracle"][0](task, Rates(1e-2))
+    METHODS["oracle"][0](task, Rates(1e-2)).step(0, 0)
     torch.testing.assert_close(task.held, torch.tensor([1 / 6] * 6 + [0.0] * 4))
     assert task.counts[6:].tolist() == [0] * 4
     task = mixing()
