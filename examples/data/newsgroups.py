@@ -29,14 +29,21 @@ def newsgroups(
     0, ..., 19, by name. ``folder`` holds the archive ``20news-bydate.tar.xz``, else scikit-learn
     downloads the posts into it.
     """
-    archive = folder / ARCHIVE
-    posts = _posts(archive) if archive.exists() else _downloaded(folder)
-    (train, train_groups), (test, test_groups) = posts
+    (train, train_groups), (test, test_groups) = raw_posts(folder)
     vectors = TfidfVectorizer(max_features=features, sublinear_tf=True, stop_words="english")
     rows = vectors.fit_transform(train), vectors.transform(test)
     groups = np.unique(train_groups)
     labels = [np.searchsorted(groups, names) for names in (train_groups, test_groups)]
     return rows[0], labels[0], rows[1], labels[1]
+
+
+def raw_posts(folder: Path) -> list[tuple[list[str], list[str]]]:
+    """(Posts, their groups) for training, and for testing; headers are part of a post.
+
+    From ``folder``, as ``newsgroups``.
+    """
+    archive = folder / ARCHIVE
+    return _posts(archive) if archive.exists() else _downloaded(folder)
 
 
 def _downloaded(folder: Path) -> list[tuple[list[str], list[str]]]:

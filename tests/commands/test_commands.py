@@ -23,6 +23,10 @@ COMMANDS = sorted(
     if 'if __name__ == "__main__":' in path.read_text()
 )
 GUIDE = [f"examples.extending.{name}" for name in ("engine", "multiplier_rule", "penalty")]
+# Run by test_trainer_examples, where their libraries are installed.
+TRAINERS = [
+    f"examples.trainers.with_{name}" for name in ("accelerate", "lightning", "peft", "transformers")
+]
 IMPORTED = ("matplotlib.pyplot", "scipy.optimize", "sklearn.datasets", "sklearn.linear_model")
 IMPORTED += ("torch", "torch._dynamo", "torchopt", "higher", "tqdm", "pytest")
 
@@ -37,7 +41,7 @@ def test_all_commands_are_found():
     assert {"benchmarks.smd", "benchmarks.race", "examples.extending.engine"} <= {*COMMANDS}
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in GUIDE])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in GUIDE + TRAINERS])
 def test_help_says_how_to_call_it(nursery, command, tmp_path):
     said = nursery.run([command, "--help"], ROOT, {}, beside=tmp_path).output
     assert said.startswith(f"usage: python -m {command} [-h]")
@@ -79,6 +83,7 @@ ON_DATA = {
     "examples.poison": "--smoke --attack clean_label --method base penalty --data-dir {data} "
     "--out {}/out",
     "examples.few_shot": "--smoke --method penalty anil --data-dir {data} --out {}/out",
+    "examples.mix_sources": "--smoke --method penalty doremi --data-dir {data} --out {}/out",
     "examples.tune_l2": "--smoke --data-dir {data} --out {}/out",
 }
 
@@ -88,7 +93,7 @@ REPORT = "benchmarks.speed.report"
 
 
 def test_every_command_has_a_small_form():
-    assert {*SMALL, *ON_DATA, *GUIDE, REPORT} == {*COMMANDS}
+    assert {*SMALL, *ON_DATA, *GUIDE, *TRAINERS, REPORT} == {*COMMANDS}
 
 
 def run(nursery, command, arguments, folder):

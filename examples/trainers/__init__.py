@@ -1,0 +1,1 @@
+"""The mixture of sources with other libraries' models and loops, one screen each."""
