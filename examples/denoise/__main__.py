@@ -39,7 +39,7 @@ from examples.denoise.rows import ROWS, accuracy, fit
 from examples.denoise.settings import SETTINGS
 from examples.shared import command
 from examples.shared.experiment import Experiment
-from examples.shared.record import Line
+from examples.shared.record import Line, place_of
 from examples.shared.run import Run
 
 NAMES = (*ROWS, *METHODS)
@@ -56,8 +56,8 @@ def parse() -> argparse.Namespace:
     )
     add("--dataset", choices=tuple(SETTINGS), default="mnist", help="(mnist)")
     add("--model", choices=MODELS, help=f"by default model, train, clean, budget are {own}")
-    add("--train", type=int, help="noisy images")
-    add("--clean", type=int, help="clean images, equally many per class")
+    add("--train", type=command.count, help="noisy images")
+    add("--clean", type=command.count, help="clean images, equally many per class")
     add("--noise", type=float, default=0.5, help="share of wrong labels (0.5)")
     add("--clean-share", type=float, help="weight s of f in g (0.2; published: 0)")
     add("--flip", choices=("uniform", "pair"), default="uniform", help="(uniform)")
@@ -120,7 +120,7 @@ class Rows:
 
     def weights(self, line: Line) -> Path:
         """Where those of a run are, for the picture."""
-        return self.experiment.out / "weights" / f"{line['method']}-{line['seed']}.pt"
+        return self.experiment.out / "weights" / f"{place_of(line)}.pt"
 
     def __call__(self, line: Line, run: Run) -> Line:
         """One row on one seed."""

@@ -152,12 +152,12 @@ def parse() -> argparse.Namespace:
     parser = command.parser(__spec__, f"{__doc__}\nThe grid: {GRID}.")
     add = parser.add_argument
     add("--tune", action="store_true", help="try the grid on the tuning seed, print the best")
-    add("--upper-lr", type=float, help="Adam's rate for u (tuned)")
-    add("--lower-steps", type=int, help="T (tuned)")
-    add("--train", type=int, default=5000, help="training images (5000)")
-    add("--test", type=int, default=5000, help="test images (5000)")
-    add("--width", type=int, default=200, help="length of z (200)")
-    add("--moments", type=int, default=8, help="points of a path (8)")
+    add("--upper-lr", type=command.rate, help="Adam's rate for u (tuned)")
+    add("--lower-steps", type=command.count, help="T (tuned)")
+    add("--train", type=command.count, default=5000, help="training images (5000)")
+    add("--test", type=command.count, default=5000, help="test images (5000)")
+    add("--width", type=command.count, default=200, help="length of z (200)")
+    add("--moments", type=command.count, default=8, help="points of a path (8)")
     command.add_common(parser, METHODS, METHODS, 400, "gradients, maps and products", seeds=2)
     options = parser.parse_args()
     if options.smoke:

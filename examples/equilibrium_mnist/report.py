@@ -61,7 +61,6 @@ def draw(results: dict[str, list[Line]], path: Path) -> None:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
-    axes[1, 0].set_ylim(bottom=0.7)
     axes[1, 0].set_xlabel("seconds")
     axes[1, 1].set_xlabel("gradients, maps and products")
     axes[1, 1].legend()

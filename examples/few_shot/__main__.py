@@ -51,19 +51,35 @@ def parse() -> argparse.Namespace:
     parser = command.parser(__spec__, __doc__)
     add = parser.add_argument
     add("--dataset", choices=("omniglot", "miniimagenet"), default="omniglot", help="(omniglot)")
-    add("--ways", type=int, default=5, help="classes of a task (5)")
-    add("--shots", type=int, default=1, help="images of each to fit a head (1)")
-    add("--queries", type=int, default=15, help="images of each that judge it in a test (15)")
-    add("--train-queries", type=int, default=5, help="in training (5; published: 15)")
+    add("--ways", type=command.count, default=5, help="classes of a task (5)")
+    add("--shots", type=command.count, default=1, help="images of each to fit a head (1)")
+    add(
+        "--queries",
+        type=command.count,
+        default=15,
+        help="images of each that judge it (15)",
+    )
+    add(
+        "--train-queries",
+        type=command.count,
+        default=5,
+        help="in training (5; published: 15)",
+    )
     add("--encoder", choices=("conv4", "resnet"), default="conv4", help="(conv4)")
-    add("--width", type=int, help="channels of conv4 (64; mini-ImageNet: 32)")
+    add("--width", type=command.count, help="channels of conv4 (64; mini-ImageNet: 32)")
     add("--head", choices=("linear", "cosine"), default="linear", help="of bilevel rows (linear)")
-    add("--meta-batch", type=int, default=10, help="tasks per u-step (10; published: 30)")
-    add("--test-tasks", type=int, default=600, help="tasks of unseen classes (600)")
+    add(
+        "--meta-batch",
+        type=command.count,
+        default=10,
+        help="tasks per u-step (10; published: 30)",
+    )
+    add("--test-tasks", type=command.count, default=600, help="tasks of unseen classes (600)")
     add("--validation", action="store_true", help="test on classes for choosing knobs")
     command.add_common(parser, NAMES, DEFAULT, 25, "seconds", seeds=1)
     options = parser.parse_args()
-    options.width = options.width or (64 if options.dataset == "omniglot" else 32)
+    if options.width is None:
+        options.width = 64 if options.dataset == "omniglot" else 32
     if options.smoke:
         vars(options).update(SMOKE)
     for name in ("ways", "shots", "queries", "train_queries", "width", "meta_batch", "test_tasks"):

@@ -46,12 +46,17 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = command.parser(__spec__, __doc__)
     add = parser.add_argument
-    add("--every", type=int, default=4, help="steps of training per step of u (4)")
+    add("--every", type=command.count, default=4, help="steps of training per step of u (4)")
     add("--floor", type=float, default=1.0, help="least entropy of the weights, nats (1)")
-    add("--width", type=int, default=64, help="of the transformer, in numbers (64)")
-    add("--layers", type=int, default=2, help="(2)")
-    add("--context", type=int, default=64, help="letters (64)")
-    add("--windows", type=int, default=40, help="of text per step, at least 10 (40)")
+    add("--width", type=command.count, default=64, help="of the transformer, in numbers (64)")
+    add("--layers", type=command.count, default=2, help="(2)")
+    add("--context", type=command.count, default=64, help="letters (64)")
+    add(
+        "--windows",
+        type=command.count,
+        default=40,
+        help="of text per step, at least 10 (40)",
+    )
     add("--compile", action="store_true", help="torch.compile the transformer; counts as time")
     command.add_common(parser, tuple(METHODS), DEFAULT, 600, "steps of training", seeds=3)
     options = parser.parse_args()

@@ -50,7 +50,7 @@ from examples.poison.setting import (
 )
 from examples.shared import command
 from examples.shared.experiment import Experiment
-from examples.shared.record import Line
+from examples.shared.record import Line, place_of
 from examples.shared.run import Run
 
 ROWS = ("clean", "trusted", "random", "flip", "flip_in_place", "base")
@@ -65,11 +65,16 @@ def parse() -> argparse.Namespace:
     add("--attack", choices=ATTACKS, default="untargeted", help="(untargeted)")
     for key in ("train", "validation", "poisons"):
         sizes = {name: chosen[key] for name, chosen in SIZES.items()}
-        add(f"--{key}", type=int, help=f"images ({sizes})")
+        add(f"--{key}", type=command.count, help=f"images ({sizes})")
     add(
         "--dataset", choices=("miniimagenet", "dogfish"), default="miniimagenet", help="clean_label"
     )
-    add("--targets", type=int, default=20, help="of clean_label, each seed (20); their budget: 300")
+    add(
+        "--targets",
+        type=command.count,
+        default=20,
+        help="of clean_label, per seed (20); budget: 300",
+    )
     most = BUDGETS["untargeted"]  # of a target of clean_label less, see there
     command.add_common(parser, NAMES, DEFAULT, most, "gradients and products", seeds=3)
     parser.set_defaults(budget=None)
@@ -105,6 +110,10 @@ def planned(options: argparse.Namespace) -> list[Line]:
     if options.smoke:
         common["defence_steps"] = 30
     kept = [name for name in names if name in (*rows, *RATES[options.attack])]
+    if not kept:
+        raise SystemExit(
+            f"--attack {options.attack} has no {' '.join(names)}; it has {' '.join(rows)}"
+        )
     return [
         {**common, "method": name, "seed": seed, **target}
         | ({"budget": options.budget} if name in METHODS else {})
@@ -122,8 +131,7 @@ class Rows:
 
     def poisons(self, line: Line) -> Path:
         """Where those of a run are, for the picture."""
-        name = f"{line['method']}-{line['seed']}-{line.get('target', 0)}.pt"
-        return self.experiment.out / "poisons" / name
+        return self.experiment.out / "poisons" / f"{place_of(line)}.pt"
 
     def __call__(self, line: Line, run: Run) -> Line:
         """One row on one seed."""

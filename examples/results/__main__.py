@@ -39,6 +39,10 @@ def keep(folder: Path, runs: Path) -> Path:
         raise SystemExit(f"{folder} holds no results.json; name the --out of a finished example")
     runs.mkdir(parents=True, exist_ok=True)
     kept = runs / f"{folder.resolve().name}.json"
+    if kept.exists():
+        before, now = (json.loads(file.read_text())["command"] for file in (kept, found))
+        if before != now:
+            print(f"{kept} was of another command: {before}", file=sys.stderr)
     shutil.copyfile(found, kept)
     for picture in folder.glob("*.png"):
         shutil.copyfile(picture, kept.with_suffix(".png"))

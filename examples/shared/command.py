@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import platform
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -52,13 +54,14 @@ def add_common(
         choices=("all", *methods),
         default=list(chosen),
         metavar="METHOD",
-        help=f'any of {", ".join(methods)}; or "all" ({" ".join(chosen)})',
+        help=f'any of {", ".join(methods)}; or "all"; default: {" ".join(chosen)}',
     )
-    add("--seeds", type=_at_least_one, default=seeds, help=f"number of seeds ({seeds})")
-    add("--first-seed", type=int, default=0, help="the first of them (0)")
-    add("--budget", type=_at_least_one, default=budget, help=f"{unit} per method, seed ({budget})")
+    add("--seeds", type=count, default=seeds, help=f"number of seeds ({seeds})")
+    add("--first-seed", type=_seed, default=0, help="the first of them (0)")
+    until = f"{unit} per method, seed, until its last step ends ({budget})"
+    add("--budget", type=count, default=budget, help=until)
     add("--device", default="auto", help='"cpu", "cuda", ...; "auto": cuda where there is one')
-    add("--threads", type=_at_least_one, default=1, help="torch threads (1)")
+    add("--threads", type=_threads, default=1, help="torch threads (1)")
     add("--data-dir", type=Path, help="holds a folder per data set (beside the checkout, or cache)")
     add("--out", type=Path, default=Path("results") / name, help=f"folder (results/{name})")
     add("--resume", action="store_true", help="go on with what --out holds, unfinished runs too")
@@ -106,8 +109,32 @@ def machine(device: torch.device | str = "cpu") -> str:
     )
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+def count(text: str) -> int:
+    """A count on a command line."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A learning rate on a command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
     return number
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text}")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    most = os.cpu_count() or 1
+    if count(text) > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, the processors here, got {text}")
+    return int(text)

@@ -34,9 +34,8 @@ class Experiment:
         self.name, self.options = name, options
         self.device = device_of(options)
         self.out: Path = options.out
-        if not options.resume and (self.out / "runs.jsonl").exists():
-            _move_aside(self.out)
-        self.record = Record(self.out / "runs.jsonl")
+        self._begun = False
+        self.record = Record(self.out / "runs.jsonl", fresh=not options.resume)
 
     def perform(self, plan: list[Line], work: Callable[[Line, Run], Line]) -> list[Line]:
         """The results of all runs of ``plan``, in its order; what is finished is not repeated.
@@ -45,6 +44,7 @@ class Experiment:
             plan: what defines each run: "method", "seed" and everything that changes its result.
             work: does one.
         """
+        self._begin()
         todo = [line for line in plan if line not in self.record]
         with tqdm(total=len(plan), initial=len(plan) - len(todo), file=sys.stderr) as bar:
             for line in todo:
@@ -53,6 +53,19 @@ class Experiment:
                 self.record.add(line, work(line, run))
                 bar.update()
         return [self.record[line] for line in plan]
+
+    def _begin(self) -> None:
+        """Now there is something to write: a command that was mistyped leaves old runs alone."""
+        if self._begun:
+            return
+        if not self.options.resume and (self.out / "runs.jsonl").exists():
+            _move_aside(self.out)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.record.path.touch()
+        except OSError as error:
+            raise SystemExit(f"--out {self.out} cannot be written: {error}") from error
+        self._begun = True
 
     def publish(self, plan: list[Line]) -> Line:
         """Write ``results.json``, all that a reader of a table must know; its content.

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
 
 
-class Record:
-    """Finished runs by what defines them, one JSON line each."""
+def place_of(run: Line) -> str:
+    """A name for the files of a run, another one for every run."""
+    mark = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:8]
+    readable = "".join(c if c.isalnum() else "_" for c in str(run["method"]))
+    return f"{readable}-seed{run['seed']}-{mark}"
 
-    def __init__(self, path: Path) -> None:
+
+class Record:
+    """Finished runs by what defines them, one JSON line each.
+
+    Args:
+        path: of the file.
+        fresh: what is there does not count.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path, self.lines = path, {}
-        if path.exists():
-            for text in path.read_text().splitlines():
-                line = json.loads(text)
-                self.lines[self._key(line["run"])] = line["result"]
+        if path.exists() and not fresh:
+            for number, text in enumerate(path.read_text().splitlines(), 1):
+                try:
+                    line = json.loads(text)
+                    self.lines[self._key(line["run"])] = line["result"]
+                except (ValueError, KeyError, TypeError):  # as a run that was killed leaves it
+                    print(f"{path}, line {number}, is no finished run: left out", file=sys.stderr)
 
     @staticmethod
     def _key(run: Line) -> str:
@@ -36,5 +53,7 @@ class Record:
     def add(self, run: Line, result: Line) -> None:
         self.lines[self._key(run)] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"run": run, "result": result}) + "\n")
+        with self.path.open("a+b") as file:
+            file.seek(max(0, file.seek(0, 2) - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"  # the last line was cut
+            file.write(start + json.dumps({"run": run, "result": result}).encode() + b"\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import pickle
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
-from .record import Line
+from .record import Line, place_of
 
 SAVE_EVERY = 30.0  # seconds between checkpoints
 
@@ -50,9 +50,7 @@ class Run:
         self.name, self.device = f"{line['method']}, seed {line['seed']}", device
         self.seconds = 0.0
         """Spent in the loop so far, without what ``paused`` took."""
-        mark = hashlib.sha256(json.dumps(line, sort_keys=True).encode()).hexdigest()[:8]
-        readable = "".join(c if c.isalnum() else "_" for c in str(line["method"]))
-        place = f"{readable}-seed{line['seed']}-{mark}"
+        place = place_of(line)
         self._events = folder / "events" / place
         self._checkpoint = folder / "checkpoints" / f"{place}.pt"
         self._resume = resume
@@ -156,7 +154,11 @@ class Run:
     def _load(self, kept: tuple[Any, ...]) -> int:
         if not self._resume or not self._checkpoint.exists():
             return 0
-        state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+            print(f"{self._checkpoint} cannot be read: {self.name} begins anew", file=sys.stderr)
+            return 0
         for item, value in zip(kept, state["kept"], strict=True):
             _restore(item, value)
         torch.set_rng_state(state["random"].cpu())

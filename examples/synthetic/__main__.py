@@ -51,8 +51,8 @@ def parse() -> argparse.Namespace:
     parser = command.parser(__spec__, __doc__)
     add = parser.add_argument
     add("--problems", nargs="+", choices=tuple(FORMULAS), default=list(FORMULAS), help="(all)")
-    add("--rate", type=float, help="of both levels (tuned)")
-    add("--lower-steps", type=int, help="per upper step (tuned)")
+    add("--rate", type=command.rate, help="of both levels (tuned)")
+    add("--lower-steps", type=command.count, help="per upper step (tuned)")
     command.add_common(
         parser, tuple(METHODS), tuple(METHODS), BUDGET, "gradients and products", seeds=3
     )
@@ -72,7 +72,7 @@ def planned(options: argparse.Namespace) -> list[Line]:
             "problem": problem,
             "method": method,
             "seed": seed,
-            "rate": options.rate or METHODS[method].rate,
+            "rate": METHODS[method].rate if options.rate is None else options.rate,
             "steps": options.lower_steps or METHODS[method].steps,
             "budget": options.budget,
         }

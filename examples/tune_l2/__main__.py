@@ -186,12 +186,17 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=("newsgroups", *UCI), default="newsgroups", help="(newsgroups)")
     add("--tune", action="store_true", help="try the grid on the tuning seed, print the best")
-    add("--upper-lr", type=float, help="(tuned)")
-    add("--lower-lr", type=float, help="(tuned)")
-    add("--lower-steps", type=int, help="T (tuned)")
-    add("--features", type=int, default=2000, help="words of newsgroups (2000)")
-    add("--posts", type=int, default=4000, help="posts of newsgroups to learn from (4000)")
-    add("--moments", type=int, default=10, help="points of a path (10)")
+    add("--upper-lr", type=command.rate, help="(tuned)")
+    add("--lower-lr", type=command.rate, help="(tuned)")
+    add("--lower-steps", type=command.count, help="T (tuned)")
+    add("--features", type=command.count, default=2000, help="words of newsgroups (2000)")
+    add(
+        "--posts",
+        type=command.count,
+        default=4000,
+        help="posts of newsgroups to learn from (4000)",
+    )
+    add("--moments", type=command.count, default=10, help="points of a path (10)")
     command.add_common(parser, NAMES, (*ROWS, "penalty"), 1000, "gradients and products", seeds=2)
     options = parser.parse_args()
     if options.smoke:

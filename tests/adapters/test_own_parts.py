@@ -102,7 +102,10 @@ class Reshaped(HeavyBall):
     ("rule", "told"),
     [
         (Bare, r"the rule Bare lacks \['start', 'lower_update'\]; write them"),
-        (Alone, r"the rule Alone lacks \['shares_evaluation', 'reads_residual', 'start', 'adjoint'"),
+        (
+            Alone,
+            r"the rule Alone lacks \['shares_evaluation', 'reads_residual', 'start'",
+        ),
         (Unextended, r"HeavyBallState whose multiplier has 0 entries for . .*HeavyBallState.at\("),
         (Nothing, r"Nothing.start returned NoneType for the state; it is a .*DualState"),
         (OneTensor, r"lower_update returned .* multiplier is a tensor of shape .*it is a tuple"),

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from examples.results import __main__ as results
 from examples.shared import command, run
 from examples.shared.experiment import Experiment, by_method
+from examples.shared.record import place_of
 from examples.shared.run import Run
 
 LINE = {"method": "a method", "seed": 3}
@@ -92,6 +93,14 @@ class TestRun:
         with pytest.raises(Stopped):
             train(tmp_path, False, 11, other)
         assert train(tmp_path, True) == train(tmp_path / "whole", False)
+
+    def test_a_checkpoint_that_cannot_be_read_is_not_taken_up(self, tmp_path, capsys):
+        with pytest.raises(Stopped):
+            train(tmp_path / "cut", False, 11)
+        (file,) = tmp_path.rglob("*.pt")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        assert train(tmp_path / "cut", True) == train(tmp_path / "whole", False)
+        assert f"{file} cannot be read: a method, seed 3 begins anew" in capsys.readouterr().err
 
     def test_event_files_hold_what_was_shown(self, tmp_path):
         train(tmp_path, False)
@@ -190,8 +199,57 @@ class TestExperiment:
         assert by_method(content["runs"]) == {"one": [{"value": 13}], "two": [{"value": 13}]}
         assert str(tmp_path) not in experiment.results.read_text()
 
+    def test_what_a_killed_run_left_is_left_out(self, tmp_path, capsys):
+        out = tmp_path / "out"
+        self.perform(Experiment("sample", parsed("--out", str(out))), self.plan(0, 1))
+        file = out / "runs.jsonl"
+        file.write_bytes(file.read_bytes()[:-9])
+        for expected in (self.plan(1)[1:], []):  # what was added after the cut line is whole
+            again = Experiment("sample", parsed("--out", str(out), "--resume"))
+            results, done = self.perform(again, self.plan(0, 1))
+            assert [r["value"] for r in results] == [3, 3, 13, 13]
+            assert done == expected
+        assert f"{file}, line 4, is no finished run" in capsys.readouterr().err
+
+    def test_old_runs_stay_where_they_are_until_there_is_work(self, tmp_path):
+        out = tmp_path / "out"
+        self.perform(Experiment("sample", parsed("--out", str(out))), self.plan(0))
+        again = Experiment("sample", parsed("--out", str(out)))
+        assert (out / "runs.jsonl").exists()  # a wrong flag is still to be found
+        assert self.plan(0)[0] not in again.record
+
+    def test_a_folder_that_cannot_be_written_is_told_before_the_work(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match=r"--out .*file cannot be written"):
+            self.perform(Experiment("sample", parsed("--out", str(tmp_path / "file"))), [])
+
+    def test_files_of_a_run_have_a_name_of_their_own(self):
+        lines = [LINE, LINE | {"noise": 0.1}, LINE | {"seed": 4}]
+        assert len({place_of(line) for line in lines}) == 3
+        assert place_of(LINE) == place_of(dict(reversed(LINE.items())))
+
 
 class TestFlags:
+    @pytest.mark.parametrize(
+        ("flag", "value", "told"),
+        [
+            ("--budget", "nan", "whole number, at least 1, got nan"),
+            ("--first-seed", "-1", "whole number, at least 0, got -1"),
+            ("--first-seed", "99999999999999999999", "whole number"),
+            ("--threads", "100000", "the processors here"),
+        ],
+    )
+    def test_values_that_cannot_be_are_named(self, capsys, flag, value, told):
+        with pytest.raises(SystemExit):
+            parsed(flag, value)
+        assert told in capsys.readouterr().err
+
+    @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+    def test_a_rate_is_finite_and_above_zero(self, value):
+        assert command.rate("1e-3") == 1e-3
+        with pytest.raises(argparse.ArgumentTypeError, match=f"above 0, got {value}"):
+            command.rate(value)
+
     def test_what_is_asked_for(self):
         names = ("one", "two", "three")
         assert command.methods_of(parsed(), names) == ["one", "two"]
