@@ -44,6 +44,8 @@ class Method:
 
     stages = 1
     """How often the transformer trains for a whole budget."""
+    length = 1.0
+    """Steps of a training, in budgets."""
 
     def __init__(self, task: Mixing, rates: Rates, every: int = 1) -> None:
         self.task, self.rates, self.every = task, rates, every
@@ -79,6 +81,12 @@ class Method:
 
 class Uniform(Method):
     """Equal weights."""
+
+
+class Longer(Method):
+    """Equal weights for about as many seconds as the penalty takes: what its u-steps cost."""
+
+    length = 1.5
 
 
 class Oracle(Method):
@@ -259,6 +267,7 @@ METHODS: dict[str, tuple[type[Method], Rates]] = {
     "t1_t2": (OneStep, Rates(3e-3, 0.1)),
     "doremi": (DoReMi, Rates(3e-3, 1.0)),
     "uniform": (Uniform, Rates(3e-3)),
+    "longer": (Longer, Rates(3e-3)),
     "target": (Target, Rates(3e-3)),
     "oracle": (Oracle, Rates(3e-3)),
 }
