@@ -12,8 +12,9 @@ weight per source, v the transformer; u wants v to do well on 20,000 clean lette
 
 Rows: "penalty"; "t1_t2", u by products of f's gradient with those of the sources; "doremi", excess
 loss over a reference model, three trainings in all, the clean text unseen; equal weights
-("uniform"); the clean text alone ("target"); equal weights of what is not corrupted ("oracle").
-All begin alike and see as many letters of the sources per step.
+("uniform"), and so for half more steps, about the seconds of the penalty ("longer"); the clean text
+alone ("target"); equal weights of what is not corrupted ("oracle"). All begin alike and see as many
+letters of the sources per step.
 
 The picture shows the weights along the runs, and the losses.
 """

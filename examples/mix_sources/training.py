@@ -22,13 +22,14 @@ def train(
     Args:
         name: of the method.
         task: at its start.
-        budget: steps of training; of DoReMi each of its three trainings.
+        budget: steps of training; of DoReMi each of its three trainings; "longer" takes half more.
         every: m.
         run: shows and keeps what happens.
         rates: others than the method's own.
     """
     kind, own = METHODS[name]
     method, path = kind(task, rates or own, every), []
+    budget = round(budget * kind.length)
     steps = budget * method.stages
     looks = {round(steps * (n + 1) / LOOKS) for n in range(LOOKS)} | {steps}
     fresh = True

@@ -306,3 +306,4 @@ def test_a_small_run_rejects_the_random_letters(tmp_path, monkeypatch, capsys):
         assert sum(weights.values()) == pytest.approx(1)
     assert results["uniform"]["weights"] == pytest.approx([0.1] * 10)
     assert results["oracle"]["corrupted"] == 0.0
+    assert results["longer"]["path"][-1]["step"] == 1.5 * results["uniform"]["path"][-1]["step"]
