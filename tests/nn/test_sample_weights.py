@@ -190,6 +190,18 @@ def test_copies_and_checkpoints():
             ValueError,
             r"same samples, got shapes \(4,\) and \(3,\)",
         ),
+        (
+            lambda: SampleWeights.from_agreement(torch.ones(3, 1).long(), torch.ones(3).long()),
+            ValueError,
+            r"predictions of shape \(3, 1\) are scores of 1 .*; give .* predictions.squeeze\(1\)",
+        ),
+        (
+            lambda: SampleWeights.from_agreement(
+                torch.tensor([[0.1, 0.9], [torch.nan, 1.0]]), torch.ones(2).long()
+            ),
+            ValueError,
+            "predictions has NaN scores",
+        ),
     ],
 )
 def test_arguments_are_checked(build, error, message):

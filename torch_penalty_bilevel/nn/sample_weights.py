@@ -93,7 +93,7 @@ class SampleWeights(nn.Module):
         predicted class is the label, else ``low``.
 
         Args:
-            predictions: class numbers (N,), or scores (N, classes) whose largest counts.
+            predictions: class numbers (N,), or scores (N, classes >= 2) whose largest counts.
             labels: class numbers (N,).
             high: in (0, 1).
             low: in (0, 1).
@@ -101,7 +101,7 @@ class SampleWeights(nn.Module):
             dtype: likewise; the device is that of the labels.
         """
         if predictions.dim() == 2:
-            predictions = predictions.argmax(1)
+            predictions = _largest(predictions)
         if predictions.is_floating_point() or labels.is_floating_point():
             raise TypeError(
                 "predictions must be class numbers (N,) or scores (N, classes), and labels class "
@@ -174,3 +174,17 @@ class SampleWeights(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{len(self.logits)}, sparse={self.sparse}"
+
+
+def _largest(scores: Tensor) -> Tensor:
+    if scores.shape[1] < 2:
+        raise ValueError(
+            f"predictions of shape {tuple(scores.shape)} are scores of {scores.shape[1]} classes, "
+            "of which the largest says nothing; give class numbers (N,): predictions.squeeze(1), "
+            "or (scores > 0).squeeze(1).long() of one logit per sample"
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            "predictions has NaN scores, which would count as the largest; leave these samples out"
+        )
+    return scores.argmax(1)
