@@ -139,6 +139,11 @@ def test_copies_and_checkpoints():
         (lambda: Regularizers(["l1"], initial=0.0), ValueError, "initial must be a finite number"),
         (lambda: Regularizers(["l1"])(()), ValueError, "tensors is empty"),
         (
+            lambda: Regularizers(["group"])(torch.ones(2, 3)),
+            TypeError,
+            r"got one tensor of shape \(2, 3\), .*; give \[tensor\]",
+        ),
+        (
             lambda: Regularizers({"own": lambda t: t[0]})([torch.ones(2)]),
             ValueError,
             r"term 'own' must return a 0-d tensor, got shape \(2,\)",

@@ -113,6 +113,11 @@ class Regularizers(nn.Module):
             tensors: what the terms are of: ``model.parameters()``, some weights, or a dict by name
                 as ``torch.func.functional_call`` takes it. Leave biases out yourself.
         """
+        if isinstance(tensors, Tensor):
+            raise TypeError(
+                f"tensors must be an iterable or a mapping of tensors, got one tensor of shape "
+                f"{tuple(tensors.shape)}, whose rows would each count as one; give [tensor]"
+            )
         values = tuple(tensors.values() if isinstance(tensors, Mapping) else tensors)
         if not values:
             raise ValueError("tensors is empty (an iterator that was used before?); give a list")
