@@ -57,6 +57,22 @@ def test_weighted_mean_in_closed_form(sparse):
     torch.testing.assert_close(weights.weighted_mean(given), given.square().sum() / given.sum())
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_index_is_made_of_the_numbers_of_samples(sparse):
+    given = torch.tensor([0.2, 0.4, 0.6])
+    weights = SampleWeights(3, given, sparse=sparse)
+    for index in ([2, 0], 1, torch.tensor([[2, 2]], dtype=torch.int32), torch.tensor(0)):
+        torch.testing.assert_close(weights(index), given[index])
+    for index in (-1, [0, -3], torch.tensor([0, 3]), torch.tensor([-4])):
+        with pytest.raises(IndexError, match=r"index must lie in \[0, 3\)"):
+            weights(index)
+    mask = given > 0.3
+    for index in (mask, mask.tolist(), mask.byte(), given, "all", slice(2)):
+        with pytest.raises(TypeError, match="index must be a tensor of integers, got"):
+            weights(index)
+    torch.testing.assert_close(weights(mask.nonzero().squeeze(1)), given[mask])
+
+
 def test_a_sparse_gradient_holds_the_batch_only():
     weights = SampleWeights(1000, sparse=True)
     weights(torch.tensor([7, 3])).sum().backward()

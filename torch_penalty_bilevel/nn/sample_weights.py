@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -120,14 +122,30 @@ class SampleWeights(nn.Module):
         """The weights of the samples with these numbers.
 
         Args:
-            index: integers of any shape; default: all samples (with a dense gradient).
+            index: integers in [0, N) of any shape; default: all samples (with a dense gradient).
+
+        Raises:
+            TypeError: an index that is not made of integers, a mask, say.
+            IndexError: integers outside of [0, N). On an accelerator its own assertion.
         """
         if index is None:
             return self.logits.sigmoid()
-        if not self.sparse:
-            return self.logits[index].sigmoid()
-        flat = index.reshape(-1).to(self.logits.device)
-        logits = torch.gather(self.logits, 0, flat, sparse_grad=True)
+        count = len(self.logits)
+        index = _integers(index).to(self.logits.device)
+        # One past the end for negative numbers, which would count from there: torch refuses that
+        # without a wait for the accelerator.
+        index = torch.where(index < 0, count, index)
+        try:
+            if not self.sparse:
+                return self.logits[index].sigmoid()
+            logits = torch.gather(self.logits, 0, index.reshape(-1), sparse_grad=True)
+        except (IndexError, RuntimeError) as error:
+            if "out of bounds" not in str(error):
+                raise
+            raise IndexError(
+                f"index must lie in [0, {count}), the numbers of the samples (negative ones do not "
+                "count from the end), got others"
+            ) from error
         return logits.reshape(index.shape).sigmoid()
 
     def weighted_mean(
@@ -174,6 +192,19 @@ class SampleWeights(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{len(self.logits)}, sparse={self.sparse}"
+
+
+def _integers(index: Any) -> Tensor:
+    try:
+        index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"index must be a tensor of integers, got {index!r}") from None
+    if index.is_floating_point() or index.dtype in (torch.bool, torch.uint8):
+        raise TypeError(
+            f"index must be a tensor of integers, got {index.dtype}; of a mask give "
+            "mask.nonzero().squeeze(1)"
+        )
+    return index.long()
 
 
 def _largest(scores: Tensor) -> Tensor:
