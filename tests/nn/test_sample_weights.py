@@ -158,6 +158,15 @@ def test_renormalise_is_the_published_rule_and_leaves_moments():
     assert bool(single.logits.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_renormalised_weights_can_be_moved_in_every_precision(dtype):
+    weights = SampleWeights(4, torch.tensor([0.9, 0.01, 0.01, 0.01]), dtype=dtype)
+    weights.renormalise_(mean=0.5, margin=1e-7)
+    weights().sum().backward()
+    assert 1 - 2 * torch.finfo(dtype).eps < float(weights()[0].detach()) < 1
+    assert bool((weights.logits.grad > 0).all())
+
+
 def test_agreement_of_a_model_with_the_labels():
     labels = torch.tensor([2, 0, 1])
     scores = torch.tensor([[0.0, 1, 5], [0, 3, 0], [0, 9, 1]])
@@ -193,6 +202,18 @@ def test_copies_and_checkpoints():
             lambda: SampleWeights(3).weighted_mean(torch.ones(3, 1)),
             ValueError,
             r'one entry for each weight, \(3,\), got \(3, 1\); take them with reduction="none"',
+        ),
+        (
+            lambda: SampleWeights(3, 1 - 1e-5, dtype=torch.bfloat16),
+            ValueError,
+            "initial must lie in .* as torch.bfloat16 too, .*; clamp .* eps=0.007812, got 0.99999",
+        ),
+        (lambda: SampleWeights(3, 1e-9, dtype=torch.float16), ValueError, "as torch.float16 too"),
+        (lambda: SampleWeights(3, dtype=torch.int64), TypeError, "dtype must be a floating-point"),
+        (
+            lambda: SampleWeights(3).weighted_mean(torch.ones(0), torch.ones(0).long()),
+            ValueError,
+            "losses is empty",
         ),
         (lambda: SampleWeights(3).renormalise_(mean=1.0), ValueError, "got mean=1.0"),
         (lambda: SampleWeights(3).renormalise_(margin=1e-9), ValueError, "margin=1e-09"),

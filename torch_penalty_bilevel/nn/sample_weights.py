@@ -64,6 +64,8 @@ class SampleWeights(nn.Module):
         super().__init__()
         check_count("count", count, at_least=1)
         dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         if not is_number(initial) and not isinstance(initial, Tensor):
             raise TypeError(f"initial must be a number or a tensor, got {initial!r}")
         weights = torch.as_tensor(initial).detach().to(device, torch.float64)
@@ -77,7 +79,15 @@ class SampleWeights(nn.Module):
                 f"[1e-5, 1 - 1e-5], got {initial!r}"
             )
         self.sparse = bool(sparse)
-        self.logits = nn.Parameter(weights.logit().expand(count).to(dtype, copy=True))
+        logits = weights.logit().expand(count).to(dtype, copy=True)
+        rounded = logits.sigmoid()
+        if bool(((rounded == 0) | (rounded == 1)).any()):
+            raise ValueError(
+                f"initial must lie in (0, 1) as {dtype} too, where it rounds to an end and nothing "
+                f"could move it; clamp it to [eps, 1 - eps], eps={torch.finfo(dtype).eps:.4g}, got "
+                f"{initial!r}"
+            )
+        self.logits = nn.Parameter(logits)
 
     @classmethod
     def from_agreement(
@@ -165,6 +175,8 @@ class SampleWeights(nn.Module):
                 f"losses must have one entry for each weight, {tuple(weights.shape)}, got "
                 f'{tuple(losses.shape)}; take them with reduction="none"'
             )
+        if not losses.numel():
+            raise ValueError("losses is empty, which has no mean; leave empty batches out")
         weighed = weights * losses
         return weighed.sum() / weights.sum() if normalised else weighed.mean()
 
@@ -177,7 +189,8 @@ class SampleWeights(nn.Module):
 
         Args:
             mean: of the weights before they are clipped, in (0, 1).
-            margin: they are clipped to [margin, 1 - margin]; in [1e-7, 0.5).
+            margin: they are clipped to [margin, 1 - margin]; in [1e-7, 0.5). At the upper end half
+                a unit of rounding at least (0.004 in bfloat16), since 1 itself cannot be moved.
         """
         if not 0 < mean < 1 or not 1e-7 <= margin < 0.5:
             raise ValueError(
@@ -186,7 +199,9 @@ class SampleWeights(nn.Module):
             )
         wide = torch.promote_types(self.logits.dtype, torch.float32)
         weights = self.logits.to(wide).sigmoid()
-        scaled = (mean * weights / weights.mean()).clamp(margin, 1 - margin)
+        scaled = (mean * weights / weights.mean()).clamp(
+            margin, 1 - max(margin, torch.finfo(self.logits.dtype).eps / 2)
+        )
         self.logits.copy_(scaled.logit())
 
     def extra_repr(self) -> str:
