@@ -188,6 +188,11 @@ def test_half_precision_weights_are_squared_in_single():
     [
         (lambda: WeightDecay(nn.Linear(2, 2), per="row"), ValueError, "per must be one of .*'row'"),
         (lambda: WeightDecay(nn.Linear(2, 2), initial=0), ValueError, "initial must be a finite"),
+        (
+            lambda: WeightDecay(nn.Linear(2, 2, dtype=torch.float32), initial=1e300),
+            ValueError,
+            r"initial=1e\+300 is inf as torch.float32",
+        ),
         (lambda: WeightDecay(nn.LayerNorm(2)), ValueError, "weights has nothing to decay"),
         (lambda: WeightDecay([torch.ones(2)]), TypeError, "pairs .*, got Tensor in it"),
         (lambda: WeightDecay([("a", torch.ones(2).long())]), TypeError, "floating-point tensor"),

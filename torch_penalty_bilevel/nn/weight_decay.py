@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked_number
+from .regularizers import check_strength
 
 Per = Literal["tensor", "feature", "element"]
 
@@ -102,6 +103,7 @@ class WeightDecay(nn.Module):
                 device=first.device,
             )
         )
+        check_strength(initial, self.log_strengths)
 
     def forward(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The term.
