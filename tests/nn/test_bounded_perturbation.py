@@ -171,7 +171,11 @@ def test_state_holds_the_perturbation_alone():
         (lambda: BoundedPerturbation([1.0], radius=1.0), TypeError, "got list"),
         (lambda: BoundedPerturbation(X, high=0.95), ValueError, "values from 0 to 1; clamp them"),
         (lambda: BoundedPerturbation(X, low=0.1), ValueError, "inputs must lie in"),
-        (lambda: BoundedPerturbation(X * torch.nan, high=2.0), ValueError, "inputs must lie in"),
+        (lambda: BoundedPerturbation(X * torch.nan, high=2.0), ValueError, "inputs has NaN"),
+        (lambda: BoundedPerturbation(X * torch.nan, radius=1.0), ValueError, "inputs has NaN"),
+        (lambda: BoundedPerturbation(X, low=1, high=0), ValueError, "low must be at most high"),
+        (lambda: BoundedPerturbation(X, low=torch.nan), ValueError, "low must be at most high"),
+        (lambda: BoundedPerturbation(X, high=torch.nan), ValueError, "low must be at most high"),
         (lambda: BoundedPerturbation(X, radius=0.0), ValueError, "radius must be a finite number"),
         (lambda: BoundedPerturbation(X[0], radius=1.0), ValueError, "needs rows"),
         (

@@ -114,6 +114,13 @@ def test_a_scaled_term_needs_no_other_rate():
     assert abs(float(ends[0]) - math.log(0.1)) > 0.01
 
 
+def test_an_empty_tensor_among_others_adds_nothing():
+    for name in READY:
+        regularizers, full = Regularizers([name]), torch.randn(2, 3)
+        both = regularizers([torch.ones(0, 3), full, torch.ones(3, 0)])
+        torch.testing.assert_close(both, regularizers([full]))
+
+
 def test_copies_and_checkpoints():
     regularizers = Regularizers(["l1", "group"], initial=0.1)
     nn.init.normal_(regularizers.log_strengths)
@@ -138,6 +145,31 @@ def test_copies_and_checkpoints():
         ),
         (lambda: Regularizers(["l1"], initial=0.0), ValueError, "initial must be a finite number"),
         (lambda: Regularizers(["l1"])(()), ValueError, "tensors is empty"),
+        (
+            lambda: Regularizers(["l1"], initial=1e300, dtype=torch.float32),
+            ValueError,
+            r"initial=1e\+300 is inf as torch.float32",
+        ),
+        (
+            lambda: Regularizers(["l1"], initial=1e-300, dtype=torch.float32),
+            ValueError,
+            "initial=1e-300 is 0.0 as torch.float32",
+        ),
+        (
+            lambda: Regularizers(["l1"])([torch.ones(0, 3)]),
+            ValueError,
+            r"tensors must have elements, got shapes \[\(0, 3\)\]",
+        ),
+        (
+            lambda: Regularizers({"own": lambda t: 0.5})([torch.ones(2)]),
+            TypeError,
+            "term 'own' must return a 0-d tensor, got 0.5",
+        ),
+        (
+            lambda: Regularizers(["group"])(torch.ones(2, 3)),
+            TypeError,
+            r"got one tensor of shape \(2, 3\), .*; give \[tensor\]",
+        ),
         (
             lambda: Regularizers({"own": lambda t: t[0]})([torch.ones(2)]),
             ValueError,

@@ -57,6 +57,22 @@ def test_weighted_mean_in_closed_form(sparse):
     torch.testing.assert_close(weights.weighted_mean(given), given.square().sum() / given.sum())
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_index_is_made_of_the_numbers_of_samples(sparse):
+    given = torch.tensor([0.2, 0.4, 0.6])
+    weights = SampleWeights(3, given, sparse=sparse)
+    for index in ([2, 0], 1, torch.tensor([[2, 2]], dtype=torch.int32), torch.tensor(0)):
+        torch.testing.assert_close(weights(index), given[index])
+    for index in (-1, [0, -3], torch.tensor([0, 3]), torch.tensor([-4])):
+        with pytest.raises(IndexError, match=r"index must lie in \[0, 3\)"):
+            weights(index)
+    mask = given > 0.3
+    for index in (mask, mask.tolist(), mask.byte(), given, "all", slice(2)):
+        with pytest.raises(TypeError, match="index must be a tensor of integers, got"):
+            weights(index)
+    torch.testing.assert_close(weights(mask.nonzero().squeeze(1)), given[mask])
+
+
 def test_a_sparse_gradient_holds_the_batch_only():
     weights = SampleWeights(1000, sparse=True)
     weights(torch.tensor([7, 3])).sum().backward()
@@ -142,6 +158,15 @@ def test_renormalise_is_the_published_rule_and_leaves_moments():
     assert bool(single.logits.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_renormalised_weights_can_be_moved_in_every_precision(dtype):
+    weights = SampleWeights(4, torch.tensor([0.9, 0.01, 0.01, 0.01]), dtype=dtype)
+    weights.renormalise_(mean=0.5, margin=1e-7)
+    weights().sum().backward()
+    assert 1 - 2 * torch.finfo(dtype).eps < float(weights()[0].detach()) < 1
+    assert bool((weights.logits.grad > 0).all())
+
+
 def test_agreement_of_a_model_with_the_labels():
     labels = torch.tensor([2, 0, 1])
     scores = torch.tensor([[0.0, 1, 5], [0, 3, 0], [0, 9, 1]])
@@ -178,6 +203,18 @@ def test_copies_and_checkpoints():
             ValueError,
             r'one entry for each weight, \(3,\), got \(3, 1\); take them with reduction="none"',
         ),
+        (
+            lambda: SampleWeights(3, 1 - 1e-5, dtype=torch.bfloat16),
+            ValueError,
+            "initial must lie in .* as torch.bfloat16 too, .*; clamp .* eps=0.007812, got 0.99999",
+        ),
+        (lambda: SampleWeights(3, 1e-9, dtype=torch.float16), ValueError, "as torch.float16 too"),
+        (lambda: SampleWeights(3, dtype=torch.int64), TypeError, "dtype must be a floating-point"),
+        (
+            lambda: SampleWeights(3).weighted_mean(torch.ones(0), torch.ones(0).long()),
+            ValueError,
+            "losses is empty",
+        ),
         (lambda: SampleWeights(3).renormalise_(mean=1.0), ValueError, "got mean=1.0"),
         (lambda: SampleWeights(3).renormalise_(margin=1e-9), ValueError, "margin=1e-09"),
         (
@@ -189,6 +226,18 @@ def test_copies_and_checkpoints():
             lambda: SampleWeights.from_agreement(torch.rand(4, 2), torch.ones(3).long()),
             ValueError,
             r"same samples, got shapes \(4,\) and \(3,\)",
+        ),
+        (
+            lambda: SampleWeights.from_agreement(torch.ones(3, 1).long(), torch.ones(3).long()),
+            ValueError,
+            r"predictions of shape \(3, 1\) are scores of 1 .*; give .* predictions.squeeze\(1\)",
+        ),
+        (
+            lambda: SampleWeights.from_agreement(
+                torch.tensor([[0.1, 0.9], [torch.nan, 1.0]]), torch.ones(2).long()
+            ),
+            ValueError,
+            "predictions has NaN scores",
         ),
     ],
 )

@@ -95,6 +95,41 @@ def test_gradients_stay_finite_at_the_ends():
         assert bool(logits.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("floor", [1e-300, 1e-20, 1e-8, 1e-7, 1e-5])
+@pytest.mark.parametrize("values", [(50.0, 0, 0), (1e4, 0, 0), (18.0, 0, -1), (0.0, 0, 0)])
+def test_floors_below_rounding_are_kept(dtype, floor, values):
+    """Near the corner the share is between the one of the floor and one unit of rounding."""
+    block = SourceWeights(3, floor, dtype=dtype)
+    with torch.no_grad():
+        block.logits.copy_(torch.tensor(values))
+    w, p = block(), block.logits.detach().softmax(0)
+    w[0].log().backward()
+    assert bool(block.logits.grad.isfinite().all())
+    assert bool(hessian(lambda z: function(floor, 3)(z)[0])(block.logits.detach()).isfinite().all())
+    if entropy(p) >= floor:
+        assert torch.equal(w, p)
+        return
+    # The largest weight is rounded by half a unit, and the entropy there changes with it.
+    assert entropy(w.double()) >= floor - torch.finfo(dtype).eps
+    assert entropy(w.double()) > 0.99 * floor
+    exact = by_bisection(p.double(), floor)
+    assert float((w - exact).detach().abs().max()) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_entropy_just_below_the_floor_with_a_weight_of_zero(dtype):
+    """The root is within rounding of s = 0, where the logarithm of the third weight is infinite."""
+    logits = torch.tensor([1.0, 0, -2000], dtype=dtype, requires_grad=True)
+    h = entropy(logits.softmax(0))
+    for floor in (h, h + torch.finfo(dtype).eps / 4, h + torch.finfo(dtype).eps):
+        w = function(floor, 3)(logits)
+        (gradient,) = torch.autograd.grad(w[0], logits)
+        torch.testing.assert_close(w, logits.softmax(0), rtol=0, atol=4 * torch.finfo(dtype).eps)
+        assert bool(gradient.isfinite().all())
+        assert bool((w >= 0).all())
+
+
 def test_under_vmap_and_in_low_precision():
     logits = 3 * torch.randn(6, 4)
     together = vmap(function(1.0))(logits)

@@ -113,6 +113,25 @@ def test_hypergradient_below_cosine_heads(engine):
     )
 
 
+def test_a_cosine_row_of_zeros_scores_zero_and_leaves_the_others_alone():
+    heads, x = StackedHeads(2, 3, 4, cosine=True), torch.randn(2, 5, 3, requires_grad=True)
+    before = heads(x).detach()
+    with torch.no_grad():
+        heads.weight[1, 2].zero_()
+        heads.bias[1, 2].zero_()
+    scores = heads(x)
+    wanted = before.clone()
+    wanted[1, :, 2] = 0
+    torch.testing.assert_close(scores, wanted)
+    inputs = (x, heads.weight, heads.bias)
+    first = torch.autograd.grad(scores.square().sum() + scores.sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(t.square().sum() for t in first), inputs)
+    for t in (*first, *second):
+        assert bool(t.isfinite().all())
+    assert torch.equal(first[1][1, 2], torch.zeros(3))
+    assert float(first[1].detach().abs().sum(2).gt(0).sum()) == 7
+
+
 def test_copies_and_checkpoints():
     heads, x = StackedHeads(2, 3, 4), torch.randn(2, 5, 3)
     other = StackedHeads(2, 3, 4)

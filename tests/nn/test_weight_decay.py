@@ -159,6 +159,23 @@ def test_pure_functions_give_the_same_step():
     torch.testing.assert_close(*ends)
 
 
+def test_a_functional_call_of_a_parent_replaces_the_live_weights():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = nn.Sequential(nn.Linear(2, 2))
+            self.decay = WeightDecay(self.m, initial=0.5)
+
+        def forward(self):
+            return self.decay()
+
+    parent, weight = Parent(), torch.randn(2, 2, requires_grad=True)
+    value = torch.func.functional_call(parent, {"m.0.weight": weight}, ())
+    torch.testing.assert_close(value, 0.25 * weight.square().sum())
+    torch.testing.assert_close(torch.autograd.grad(value, weight)[0], 0.5 * weight)
+    torch.testing.assert_close(parent(), 0.25 * parent.m[0].weight.square().sum())
+
+
 def test_half_precision_weights_are_squared_in_single():
     weight = torch.full((1, 1000), 0.1, dtype=torch.bfloat16)
     decay = WeightDecay([("w", weight)], initial=1.0)
@@ -171,6 +188,11 @@ def test_half_precision_weights_are_squared_in_single():
     [
         (lambda: WeightDecay(nn.Linear(2, 2), per="row"), ValueError, "per must be one of .*'row'"),
         (lambda: WeightDecay(nn.Linear(2, 2), initial=0), ValueError, "initial must be a finite"),
+        (
+            lambda: WeightDecay(nn.Linear(2, 2, dtype=torch.float32), initial=1e300),
+            ValueError,
+            r"initial=1e\+300 is inf as torch.float32",
+        ),
         (lambda: WeightDecay(nn.LayerNorm(2)), ValueError, "weights has nothing to decay"),
         (lambda: WeightDecay([torch.ones(2)]), TypeError, "pairs .*, got Tensor in it"),
         (lambda: WeightDecay([("a", torch.ones(2).long())]), TypeError, "floating-point tensor"),

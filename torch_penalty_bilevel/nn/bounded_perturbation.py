@@ -71,6 +71,10 @@ class BoundedPerturbation(nn.Module):
         inputs = inputs.detach().clone()
         low = _bound("low", -math.inf if low is None else low, inputs)
         high = _bound("high", math.inf if high is None else high, inputs)
+        if not bool((low <= high).all()):  # also catches NaN
+            raise ValueError(f"low must be at most high, both numbers, got {low=} and {high=}")
+        if bool(inputs.isnan().any()):
+            raise ValueError("inputs has NaN entries, which no bound holds for; replace them first")
         if not bool(((inputs >= low) & (inputs <= high)).all()):
             raise ValueError(
                 "inputs must lie in [low, high] (delta = 0 is where it starts), got values from "

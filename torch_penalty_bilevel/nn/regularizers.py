@@ -43,6 +43,8 @@ def group(tensors: tuple[Tensor, ...], width: float = WIDTH) -> Tensor:
     """
 
     def units(t: Tensor) -> Tensor:
+        if not t.numel():  # units without entries have no mean
+            return t.sum()
         squares = t.reshape(len(t), -1).square().mean(1)
         return ((squares + width**2).sqrt() - width).sum() * (t.numel() // max(len(t), 1))
 
@@ -105,6 +107,7 @@ class Regularizers(nn.Module):
         self.log_strengths = nn.Parameter(
             torch.full((len(given),), math.log(initial), dtype=dtype, device=device)
         )
+        check_strength(initial, self.log_strengths)
 
     def forward(self, tensors: Iterable[Tensor] | Mapping[str, Tensor]) -> Tensor:
         """The sum.
@@ -113,14 +116,26 @@ class Regularizers(nn.Module):
             tensors: what the terms are of: ``model.parameters()``, some weights, or a dict by name
                 as ``torch.func.functional_call`` takes it. Leave biases out yourself.
         """
+        if isinstance(tensors, Tensor):
+            raise TypeError(
+                f"tensors must be an iterable or a mapping of tensors, got one tensor of shape "
+                f"{tuple(tensors.shape)}, whose rows would each count as one; give [tensor]"
+            )
         values = tuple(tensors.values() if isinstance(tensors, Mapping) else tensors)
         if not values:
             raise ValueError("tensors is empty (an iterator that was used before?); give a list")
+        if not _size(values):
+            shapes = [tuple(t.shape) for t in values]
+            raise ValueError(f"tensors must have elements, got shapes {shapes}, which have no mean")
         total = self.log_strengths.new_zeros(())
         for (name, term), strength in zip(
             self._terms.items(), self.log_strengths.exp(), strict=True
         ):
             value = term(values)
+            if not isinstance(value, Tensor):  # pyright: ignore
+                raise TypeError(
+                    f"term {name!r} must return a 0-d tensor, got {value!r}, which has no gradient"
+                )
             if value.dim():
                 raise ValueError(
                     f"term {name!r} must return a 0-d tensor, got shape {tuple(value.shape)}; take "
@@ -136,6 +151,16 @@ class Regularizers(nn.Module):
     def extra_repr(self) -> str:
         """The names of the terms."""
         return f"{list(self._terms)}"
+
+
+def check_strength(initial: float, log_strengths: Tensor) -> None:
+    """Raise if e^s is no longer the number, but 0 or infinite, in the precision of s."""
+    strengths = log_strengths.detach().exp()
+    if not bool((strengths.isfinite() & (strengths > 0)).all()):
+        raise ValueError(
+            f"initial={initial!r} is {float(strengths[0])} as {strengths.dtype}; give a number "
+            "that it holds"
+        )
 
 
 def _ready(term: Any) -> Term:

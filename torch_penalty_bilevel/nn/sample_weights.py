@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,8 @@ class SampleWeights(nn.Module):
         super().__init__()
         check_count("count", count, at_least=1)
         dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         if not is_number(initial) and not isinstance(initial, Tensor):
             raise TypeError(f"initial must be a number or a tensor, got {initial!r}")
         weights = torch.as_tensor(initial).detach().to(device, torch.float64)
@@ -75,7 +79,15 @@ class SampleWeights(nn.Module):
                 f"[1e-5, 1 - 1e-5], got {initial!r}"
             )
         self.sparse = bool(sparse)
-        self.logits = nn.Parameter(weights.logit().expand(count).to(dtype, copy=True))
+        logits = weights.logit().expand(count).to(dtype, copy=True)
+        rounded = logits.sigmoid()
+        if bool(((rounded == 0) | (rounded == 1)).any()):
+            raise ValueError(
+                f"initial must lie in (0, 1) as {dtype} too, where it rounds to an end and nothing "
+                f"could move it; clamp it to [eps, 1 - eps], eps={torch.finfo(dtype).eps:.4g}, got "
+                f"{initial!r}"
+            )
+        self.logits = nn.Parameter(logits)
 
     @classmethod
     def from_agreement(
@@ -93,7 +105,7 @@ class SampleWeights(nn.Module):
         predicted class is the label, else ``low``.
 
         Args:
-            predictions: class numbers (N,), or scores (N, classes) whose largest counts.
+            predictions: class numbers (N,), or scores (N, classes >= 2) whose largest counts.
             labels: class numbers (N,).
             high: in (0, 1).
             low: in (0, 1).
@@ -101,7 +113,7 @@ class SampleWeights(nn.Module):
             dtype: likewise; the device is that of the labels.
         """
         if predictions.dim() == 2:
-            predictions = predictions.argmax(1)
+            predictions = _largest(predictions)
         if predictions.is_floating_point() or labels.is_floating_point():
             raise TypeError(
                 "predictions must be class numbers (N,) or scores (N, classes), and labels class "
@@ -120,14 +132,30 @@ class SampleWeights(nn.Module):
         """The weights of the samples with these numbers.
 
         Args:
-            index: integers of any shape; default: all samples (with a dense gradient).
+            index: integers in [0, N) of any shape; default: all samples (with a dense gradient).
+
+        Raises:
+            TypeError: an index that is not made of integers, a mask, say.
+            IndexError: integers outside of [0, N). On an accelerator its own assertion.
         """
         if index is None:
             return self.logits.sigmoid()
-        if not self.sparse:
-            return self.logits[index].sigmoid()
-        flat = index.reshape(-1).to(self.logits.device)
-        logits = torch.gather(self.logits, 0, flat, sparse_grad=True)
+        count = len(self.logits)
+        index = _integers(index).to(self.logits.device)
+        # One past the end for negative numbers, which would count from there: torch refuses that
+        # without a wait for the accelerator.
+        index = torch.where(index < 0, count, index)
+        try:
+            if not self.sparse:
+                return self.logits[index].sigmoid()
+            logits = torch.gather(self.logits, 0, index.reshape(-1), sparse_grad=True)
+        except (IndexError, RuntimeError) as error:
+            if "out of bounds" not in str(error):
+                raise
+            raise IndexError(
+                f"index must lie in [0, {count}), the numbers of the samples (negative ones do not "
+                "count from the end), got others"
+            ) from error
         return logits.reshape(index.shape).sigmoid()
 
     def weighted_mean(
@@ -147,6 +175,8 @@ class SampleWeights(nn.Module):
                 f"losses must have one entry for each weight, {tuple(weights.shape)}, got "
                 f'{tuple(losses.shape)}; take them with reduction="none"'
             )
+        if not losses.numel():
+            raise ValueError("losses is empty, which has no mean; leave empty batches out")
         weighed = weights * losses
         return weighed.sum() / weights.sum() if normalised else weighed.mean()
 
@@ -159,7 +189,8 @@ class SampleWeights(nn.Module):
 
         Args:
             mean: of the weights before they are clipped, in (0, 1).
-            margin: they are clipped to [margin, 1 - margin]; in [1e-7, 0.5).
+            margin: they are clipped to [margin, 1 - margin]; in [1e-7, 0.5). At the upper end half
+                a unit of rounding at least (0.004 in bfloat16), since 1 itself cannot be moved.
         """
         if not 0 < mean < 1 or not 1e-7 <= margin < 0.5:
             raise ValueError(
@@ -168,9 +199,38 @@ class SampleWeights(nn.Module):
             )
         wide = torch.promote_types(self.logits.dtype, torch.float32)
         weights = self.logits.to(wide).sigmoid()
-        scaled = (mean * weights / weights.mean()).clamp(margin, 1 - margin)
+        scaled = (mean * weights / weights.mean()).clamp(
+            margin, 1 - max(margin, torch.finfo(self.logits.dtype).eps / 2)
+        )
         self.logits.copy_(scaled.logit())
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{len(self.logits)}, sparse={self.sparse}"
+
+
+def _integers(index: Any) -> Tensor:
+    try:
+        index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"index must be a tensor of integers, got {index!r}") from None
+    if index.is_floating_point() or index.dtype in (torch.bool, torch.uint8):
+        raise TypeError(
+            f"index must be a tensor of integers, got {index.dtype}; of a mask give "
+            "mask.nonzero().squeeze(1)"
+        )
+    return index.long()
+
+
+def _largest(scores: Tensor) -> Tensor:
+    if scores.shape[1] < 2:
+        raise ValueError(
+            f"predictions of shape {tuple(scores.shape)} are scores of {scores.shape[1]} classes, "
+            "of which the largest says nothing; give class numbers (N,): predictions.squeeze(1), "
+            "or (scores > 0).squeeze(1).long() of one logit per sample"
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            "predictions has NaN scores, which would count as the largest; leave these samples out"
+        )
+    return scores.argmax(1)

@@ -24,7 +24,8 @@ class SourceWeights(nn.Module):
     with the least share s in [0, 1) of the uniform distribution that reaches the floor. H(w) is
     concave in s and greatest at s = 1, so s is unique. It depends on p; derivatives go through it
     by the implicit function theorem, exact to the third. Where H(p) is the floor itself there is a
-    kink, and the derivatives of s = 0 are given.
+    kink, and the derivatives of s = 0 are given. A share is at least one unit of rounding, so that
+    floors of less (1e-6 nats in float32) are exceeded.
 
     With no floor a softmax may put everything on one source, from where its gradient does not come
     back. exp(H) counts the sources in use: a floor of log(2) keeps about two.
@@ -78,7 +79,8 @@ class SourceWeights(nn.Module):
     def _mixed(self, p: Tensor) -> Tensor:
         """P with the least share of the uniform distribution."""
         wide = p.to(torch.promote_types(p.dtype, torch.float32))
-        below = torch.special.entr(wide.detach()).sum() < self.entropy_floor
+        floor = max(self.entropy_floor, torch.finfo(wide.dtype).tiny)  # less would compare as 0
+        below = torch.special.entr(wide.detach()).sum() < floor
         # Where p needs no share there may be no root: there another distribution takes its place.
         corner = torch.zeros_like(wide.detach())
         corner[0] = 1.0
@@ -96,13 +98,16 @@ class SourceWeights(nn.Module):
         with torch.no_grad():
             share = torch.full_like(p[0], torch.finfo(p.dtype).eps)
             for _ in range(_NEWTON):
-                share = self._nearer(p.detach(), share).clamp(min=torch.finfo(p.dtype).eps)
+                share = self._nearer(p.detach(), share)
         return self._nearer(p, self._nearer(p, share.detach()))
 
     def _nearer(self, p: Tensor, share: Tensor) -> Tensor:
         w = _blend(p, share)
         log = w.log()
-        return share + (self.entropy_floor + w @ log) / ((p - 1 / len(p)) @ log)
+        nearer = share + (self.entropy_floor + w @ log) / ((p - 1 / len(p)) @ log)
+        # Steps from one unit of rounding to a root below it (a tiny floor, or p that all but
+        # reaches it) go past that: the logarithm of a share below 0 would be NaN.
+        return nearer.clamp(min=torch.finfo(p.dtype).eps)
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -21,7 +21,8 @@ class StackedHeads(nn.Module):
         y_k = scale\, \frac{\langle x, W_k\rangle + wat\, b_k}
                            {\sqrt{\|x\|^2 + wat^2}\, \sqrt{\|W_k\|^2 + b_k^2}}
 
-    It does not see the length of (W_k, b_k): the lower Hessian is singular along it.
+    It does not see the length of (W_k, b_k): the lower Hessian is singular along it. Of a row of
+    zeros (W_k, b_k) the cosine is undefined: its scores and their gradients are 0 there.
 
     Args:
         tasks: T.
@@ -117,7 +118,11 @@ class StackedHeads(nn.Module):
             return torch.baddbmm(bias, inputs, columns)
         products = torch.baddbmm(self.augmentation * bias, inputs, columns)
         lengths = (inputs.square().sum(2, keepdim=True) + self.augmentation**2).sqrt()
-        sizes = (columns.square().sum(1, keepdim=True) + bias.square()).sqrt()
+        squares = columns.square().sum(1, keepdim=True) + bias.square()
+        # Zeros, which sqrt has no slope at: a size of 1 leaves scores of 0 with no pull.
+        none = squares == 0
+        products = products.masked_fill(none, 0.0)
+        sizes = squares.masked_fill(none, 1.0).sqrt()
         return self.scale * products / (lengths * sizes)
 
     def extra_repr(self) -> str:

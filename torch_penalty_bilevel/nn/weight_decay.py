@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked_number
+from .regularizers import check_strength
 
 Per = Literal["tensor", "feature", "element"]
 
@@ -102,6 +103,7 @@ class WeightDecay(nn.Module):
                 device=first.device,
             )
         )
+        check_strength(initial, self.log_strengths)
 
     def forward(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The term.
@@ -135,12 +137,18 @@ class WeightDecay(nn.Module):
 
     def _live(self) -> Mapping[str, Tensor]:
         if self._model:
-            return {name: self._model[0].get_parameter(name) for name in self.names}
+            return {name: _attribute(self._model[0], name) for name in self.names}
         return dict(self._tensors)
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{list(self.names)}, per={self.per!r}"
+
+
+def _attribute(model: nn.Module, name: str) -> Tensor:
+    """As ``get_parameter``, which refuses the plain tensors that ``functional_call`` puts there."""
+    path, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(path), last)
 
 
 def _checked_pair(pair: object) -> tuple[str, Tensor]:
