@@ -263,9 +263,8 @@ def alignments(task: Mixing) -> Tensor:
 
 
 # By the penalty on seeds 100 and 101 and, of u, 0 to 4; those reported are 10 to 14. Of v 3e-3 and
-# 1e-2, which learns more slowly. Of u 0.05, 0.07 (corrupted sources keep a fifth of the mean
-# weight), 0.1 (on one of seven seeds one keeps 0.13), 0.15; T1-T2 has the penalty's. DoReMi's is as
-# published.
+# 1e-2, which learns more slowly. Of u 0.05, 0.07 (a corrupted source keeps a fifth of the mean
+# weight), 0.1 (0.13 on one of four seeds), 0.15. T1-T2 has the penalty's, DoReMi what is published.
 METHODS: dict[str, tuple[type[Method], Rates]] = {
     "penalty": (Penalty, Rates(3e-3, 0.15)),
     "t1_t2": (OneStep, Rates(3e-3, 0.15)),
