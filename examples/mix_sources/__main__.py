@@ -16,6 +16,11 @@ loss over a reference model, three trainings in all, the clean text unseen; equa
 alone ("target"); equal weights of what is not corrupted ("oracle"). All begin alike and see as many
 letters of the sources per step.
 
+What to read there: the penalty rejects what is corrupted most clearly, and is below equal weights
+step by step. Second by second it is not: equal weights for as long ("longer") end lower, and so
+does T1-T2, at nearly the cost of plain training. A model so far from trained gains more from more
+steps than from a cleaner mixture.
+
 The picture shows the weights along the runs, and the losses.
 """
 
