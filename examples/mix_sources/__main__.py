@@ -60,11 +60,11 @@ def parse() -> argparse.Namespace:
     add(
         "--windows",
         type=command.count,
-        default=40,
-        help="of text per step, at least 10 (40)",
+        default=20,
+        help="of text per step, at least 10 (20)",
     )
     add("--compile", action="store_true", help="torch.compile the transformer; counts as time")
-    command.add_common(parser, tuple(METHODS), DEFAULT, 600, "steps of training", seeds=3)
+    command.add_common(parser, tuple(METHODS), DEFAULT, 1500, "steps of training", seeds=3)
     options = parser.parse_args()
     if options.smoke:
         vars(options).update(SMOKE)
