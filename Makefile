@@ -44,7 +44,8 @@ mutations: $(VENV)/.test  ## break the code on purpose: does a test see it? repo
 lint: $(VENV)/.dev  ## lint, format check and strict types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
+	$(VENV)/bin/pyright --project tests/typing --pythonpath $(RUN)
 
 suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optimizer; tables
 	$(RUN) -m benchmarks.suite.minimizer --starts 5
@@ -64,4 +65,4 @@ bench-report: $(VENV)/.test  ## tables and figure of benchmarks/speed/README.md 
 	$(RUN) -m benchmarks.speed.report
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
