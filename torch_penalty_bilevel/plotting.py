@@ -125,8 +125,8 @@ def _pyplot(caller: str) -> Any:
     return plt
 
 
-def _row(entry: Metrics | Mapping[str, float], number: int) -> Mapping[str, float]:
-    row = entry.as_dict() if isinstance(entry, Metrics) else entry
+def _row(entry: Any, number: int) -> Mapping[str, float]:
+    row: Any = entry.as_dict() if isinstance(entry, Metrics) else entry
     wanted = {"gradient_evaluations", *(name for _, series in _PANELS for name in series)}
     if not isinstance(row, Mapping) or wanted - set(row):
         raise TypeError(
