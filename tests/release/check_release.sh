@@ -50,7 +50,7 @@ PY
 )"
 grep -q "^## \[$version\] - " source/CHANGELOG.md || { echo "CHANGELOG.md lacks $version" >&2; exit 1; }
 say "version $version, metadata, changelog"
-"$python" -m torch_penalty_bilevel --steps 20 | grep -q "points in ten clouds"
+"$python" -m torch_penalty_bilevel --steps 20 | grep "points in ten clouds"
 say "python -m torch_penalty_bilevel with torch alone"
 (cd source && for name in penalty multiplier_rule engine; do "$python" -m "examples.extending.$name"; done)
 say "examples/extending with torch alone"
