@@ -1,11 +1,15 @@
 """Every error and warning says where the documentation has it."""
 
 import inspect
+import pathlib
 import pickle
+import re
 
 import pytest
 
 from torch_penalty_bilevel import errors
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def classes():
@@ -38,3 +42,14 @@ def test_messages_of_several_parts():
 def test_warnings_too():
     with pytest.warns(errors.BilevelWarning, match=r"^look again \(see docs/.*#warnings\)$"):
         errors.warn("look again")
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_the_page_is_there(kind):
+    page, _, anchor = kind.page.partition("#")
+    lines = (ROOT / page).read_text().split("\n")
+    headings = [line.lstrip("# ").lower() for line in lines if line.startswith("#")]
+    slugs = {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
+    targets = {line[1:-2] for line in lines if re.fullmatch(r"\([\w-]+\)=", line)}
+    assert headings
+    assert not anchor or anchor in slugs | targets

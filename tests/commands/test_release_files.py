@@ -33,7 +33,7 @@ def test_workflows_run_what_there_is(path):
 
 
 def test_ci_is_dot_ci_run():
-    assert [p.name for p in WORKFLOWS] == ["ci.yml", "release.yml"]
+    assert [p.name for p in WORKFLOWS] == ["ci.yml", "docs.yml", "release.yml"]
     assert "- run: bash .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
