@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test stress mutations lint suite rates profiles bench bench-report clean
+.PHONY: help demo test stress mutations lint suite rates profiles bench bench-report dist release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -41,10 +41,12 @@ stress: $(VENV)/.test  ## long runs, phases, kinds of network and seeds, all of 
 mutations: $(VENV)/.test  ## break the code on purpose: does a test see it? report in results/
 	$(RUN) tests/mutations/run.py --resume
 
-lint: $(VENV)/.dev  ## lint, format check and strict types
+lint: $(VENV)/.dev  ## lint, format check, strict types, form of the workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
+	$(VENV)/bin/pyright --project tests/typing --pythonpath $(RUN)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 suite: $(VENV)/.test  ## solve the analytic problems with minimize and the optimizer; tables
 	$(RUN) -m benchmarks.suite.minimizer --starts 5
@@ -63,5 +65,14 @@ bench: $(VENV)/.test  ## time, FLOPs and memory of one step against the peers, i
 bench-report: $(VENV)/.test  ## tables and figure of benchmarks/speed/README.md from results/speed.json
 	$(RUN) -m benchmarks.speed.report
 
+dist: $(VENV)/.dev  ## wheel and sdist in dist/, looked at by twine and check-wheel-contents
+	rm -rf dist
+	$(RUN) -m build --outdir dist
+	$(RUN) -m twine check --strict dist/*
+	$(VENV)/bin/check-wheel-contents dist/*.whl
+
+release-check: dist  ## the wheel alone in a new environment: README's blocks and examples run
+	tests/release/check_release.sh dist
+
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage

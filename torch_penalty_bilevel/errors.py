@@ -1,4 +1,4 @@
-"""What can go wrong, each with a name of its own."""
+"""What can go wrong, each with a name of its own and a place in the documentation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,39 @@ import pathlib
 import sys
 import warnings
 from types import FrameType
+from typing import ClassVar
 
 import torch
 
 
-class BilevelError(RuntimeError):
-    """Base class of the errors this package raises while it computes."""
+class _Documented(Exception):
+    """Ends its message with the page that has symptom, cause and remedy."""
+
+    page: ClassVar[str] = "docs/symptoms.md"
+
+    def message(self) -> str:
+        """What happened and what to try, without the page."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{self.message()} (see {self.page})".lstrip()
+
+
+class BilevelError(_Documented, RuntimeError):
+    """Base class of the errors this package raises while it computes.
+
+    ``page`` is where the documentation has symptom, cause and remedy, and ends the message.
+
+    Example:
+        >>> print(NonFiniteError("upper loss f is nan in step 3"))
+        upper loss f is nan in step 3 (see docs/symptoms.md#not-finite)
+    """
 
 
 class NonFiniteError(BilevelError):
     """A loss, residual or gradient is infinite or NaN; raised before anything was changed."""
+
+    page = "docs/symptoms.md#not-finite"
 
 
 class AdjointError(NonFiniteError):
@@ -29,17 +52,21 @@ class AdjointError(NonFiniteError):
         place: where.
     """
 
+    page = "docs/symptoms.md#no-adjoint"
+
     def __init__(self, status: str, reason: str, place: str) -> None:
         super().__init__(status, reason, place)
         self.status = status
         self.reason = reason
 
-    def __str__(self) -> str:
+    def message(self) -> str:
         return "adjoint: {1}; {2}".format(*self.args)
 
 
 class UnusedParameterError(BilevelError):
     """Neither the upper loss nor the lower residual depends on an upper parameter."""
+
+    page = "docs/symptoms.md#unused-parameter"
 
 
 class DoubleBackwardError(BilevelError):
@@ -50,24 +77,32 @@ class DoubleBackwardError(BilevelError):
         remedy: what to do, unless someone does it already.
     """
 
+    page = "docs/symptoms.md#no-second-derivative"
+
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason, remedy)
         self.reason = reason
 
-    def __str__(self) -> str:
+    def message(self) -> str:
         return ". ".join(part for part in self.args if part)
 
 
 class NondeterministicClosureError(BilevelError):
     """Two evaluations of a closure at one point disagree, so a difference of them is noise."""
 
+    page = "docs/symptoms.md#nondeterministic-closure"
+
 
 class WorkerError(BilevelError):
     """Another of the workers that share this problem failed; nothing was changed on any."""
 
+    page = "docs/symptoms.md#another-worker-failed"
 
-class BilevelWarning(RuntimeWarning):
+
+class BilevelWarning(_Documented, RuntimeWarning):
     """The computation went on, but a result deserves a second look."""
+
+    page = "docs/symptoms.md#warnings"
 
 
 _INSIDE = (

@@ -9,10 +9,25 @@ from torch import Tensor
 
 from .evaluation import Norms
 
+_SAID = {
+    "upper_loss": "f(u, v)",
+    "lower_loss": "g(u, v)",
+    "residual_norm": "||grad_v g||",
+    "adjoint_residual_norm": "||grad_v f + H q||, the certificate",
+    "relative_certificate": "of ||grad_v f||: 0 where q is exact, 1 where q = 0",
+    "upper_grad_norm": "||grad_u f + J q||, the hypergradient estimate",
+    "penalty_weight": "gamma",
+    "damping": "lambda, multiplies g in the lower level",
+    "correction_gain": "share of the multiplier's correction that was trusted",
+    "gradient_evaluations": "gradients and second-order products since construction",
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Metrics:
     """Numbers of the last evaluation, as detached 0-d tensors; all NaN before the first step.
+
+    ``repr`` is a table of them with their units, for a person; it waits for the device.
 
     The losses are where the closures computed them, the rest is on the host already: the step
     fetched it to check that it is finite.
@@ -92,6 +107,11 @@ class Metrics:
             gain,
             count,
         )
+
+    def __repr__(self) -> str:
+        rows = [(name, f"{value:.6g}", _SAID[name]) for name, value in self.as_dict().items()]
+        lines = [f"    {name:<21} {value:>12}  {said}" for name, value, said in rows]
+        return "\n".join(["Metrics(", *lines, ")"])
 
     @classmethod
     def unknown(cls) -> Metrics:

@@ -1,4 +1,7 @@
-"""The house: its rooms by floor. A room may import rooms on the floors below it."""
+"""The house: its rooms by floor. A room may import rooms on the floors below it.
+
+``__main__`` is no room: like a user's program, it imports what the package shows.
+"""
 
 FLOORS = (
     ("arguments", "errors", "pytrees", "tensors", "testing"),
@@ -8,7 +11,7 @@ FLOORS = (
     ("penalties",),
     ("adapters", "hypergradients"),
     ("checks", "functional"),
-    ("optimizers",),
+    ("optimizers", "plotting"),
 )
 
 LAYERS = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature, Loss
-from ..curvature.micro_batches import MeanLoss
+from ..curvature.micro_batches import MeanLoss, bare
 from ..errors import warn
 from ..penalties import Losses
 from ..tensors import Pair
@@ -97,7 +97,7 @@ class FirstLook:
 
 def _numbers(value: Any) -> list[Tensor]:
     parts: list[Tensor] = [value] if isinstance(value, Tensor) else list(value)
-    return [torch.func.debug_unwrap(part.detach(), recurse=True) for part in parts]
+    return [bare(part) for part in parts]
 
 
 def _agree(first: list[Tensor], again: list[Tensor]) -> bool:

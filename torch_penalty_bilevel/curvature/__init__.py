@@ -20,7 +20,16 @@ _BY_NAME: dict[str, Callable[[], Curvature]] = {
 }
 
 
-_ASKED = ("reads_live", "falls_back", "takes_differences", "point", "in_use", "exact", "packed")
+_ASKED = (
+    "reads_live",
+    "falls_back",
+    "takes_differences",
+    "point",
+    "in_use",
+    "reason",
+    "exact",
+    "packed",
+)
 
 
 def resolve(curvature: str | Curvature, *, weighs_costs: bool = False) -> Curvature:

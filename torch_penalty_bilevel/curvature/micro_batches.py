@@ -98,7 +98,13 @@ def plus(loss: Loss, terms: Terms) -> Loss:
 
 def bare(value: Tensor) -> Tensor:
     """The numbers alone, also of a tensor inside ``torch.func.grad``."""
-    return torch.func.debug_unwrap(value.detach(), recurse=True)
+    value = value.detach()
+    if hasattr(torch.func, "debug_unwrap"):
+        return torch.func.debug_unwrap(value, recurse=True)
+    wrappers: Any = torch._C  # torch 2.6 has no public name for it
+    while wrappers._functorch.is_functorch_wrapped_tensor(value):
+        value = wrappers._functorch.get_unwrapped(value)
+    return value
 
 
 def value_of(loss: Loss, at: Pair) -> Tensor:

@@ -48,6 +48,8 @@ class Curvature:
     """Do losses read the live tensors, whatever point they are asked for? If not they are pure."""
     falls_back: bool = False
     """Does it go over to another way by itself where torch has no second derivative?"""
+    reason: str = "as chosen"
+    """Why ``in_use`` takes the products."""
 
     @property
     def takes_differences(self) -> bool:

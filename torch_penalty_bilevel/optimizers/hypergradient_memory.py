@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import levels
+from ..hypergradients import Count
 from ..metrics import Metrics
 from ..tensors import Tensors, check_like, clones, placed, zeros_for
+from . import summary
 from .memory import TwoLevelMemory
 
 
@@ -24,6 +26,7 @@ class RemembersAdjoint(TwoLevelMemory):
     """The last adjoint, and where v began if it begins anew in every step."""
 
     method: str
+    lower_steps: Count
     metrics: Metrics
     _first_lower: Tensors
 
@@ -39,6 +42,14 @@ class RemembersAdjoint(TwoLevelMemory):
         lower rule keeps its moments.
         """
         self._adjoint, self._first_lower = zeros_for(self._adjoint), ()
+
+    def _described(self) -> dict[str, str]:
+        steps = self.lower_steps if isinstance(self.lower_steps, int) else "a schedule"
+        return {
+            "method": f"{self.method}, lower_steps={steps}",
+            "curvature": summary.of_engine(self.curvature),
+            "progress": summary.of_progress(self._counts, self.metrics),
+        }
 
     # What TwoLevelMemory asks of its subclasses.
 

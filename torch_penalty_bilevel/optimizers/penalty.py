@@ -22,7 +22,6 @@ from ..curvature import Curvature
 from ..evaluation import Evaluation, measure
 from ..levels import Parameters, rows, rules
 from ..levels.trial_step import stepped
-from ..metrics import Metrics
 from ..multipliers import Memories
 from ..penalties import Losses, Penalty, Reduce
 from ..tensors import Pair, Tensors, axpy, clones, is_sharded, shift
@@ -293,11 +292,6 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
             shift, how = self.penalty.rule.shift(dual), (self.curvature, self._workers, step)
             given = losses, here.at, here.upper_names, estimate, shift, self._lower_is_map()
             return self_check.check(self_check.Subject(*given, *how, _ADVICE), options)
-
-    @property
-    def metrics(self) -> Metrics:
-        """What the last evaluation saw; made when asked for, as most steps are not."""
-        return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
 
     def _descend(self, losses: Losses, shared: bool) -> Seen:
         """The lower steps of one call.

@@ -11,6 +11,7 @@ from .. import levels
 from ..adapters.constraints import ConstrainedLevels
 from ..constraints import LowerPoint
 from ..evaluation import Norms
+from ..metrics import Metrics
 from ..multipliers import DualState
 from ..penalties import Penalty
 from ..tensors import Tensors, clones, placed, zeros_for
@@ -50,6 +51,11 @@ class RemembersDual(TwoLevelMemory):
         here = LowerPoint(tuple(levels.parameters(self.lower)), sets.multipliers)
         self._dual = self._dual.restarted(here.row)
         self._adjoint = self._dual.multiplier
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the last evaluation saw; made when asked for, as most steps are not."""
+        return Metrics.unknown() if self._seen is None else Metrics.of(*self._seen)
 
     @property
     def adjoint(self) -> Tensors:

@@ -17,6 +17,7 @@ from ..evaluation import Evaluation, Norms
 from ..levels import checkpoint, rules
 from ..tensors import Pair, Tensors
 from ..undo.scope import Scope
+from . import summary
 
 
 class Here(NamedTuple):
@@ -113,9 +114,16 @@ class TwoLevelOptimizer(levels.Joined):
         return defaultdict(dict, held)
 
     def __repr__(self) -> str:
-        lines = super().__repr__().split("\n")
+        head, *groups = super().__repr__().split("\n")
         # What torch's tools load into is empty between checkpoints.
-        return "\n".join(line for line in lines if line.strip() != f"{checkpoint.GROUP}: {{}}")
+        groups = [line for line in groups if line.strip() != f"{checkpoint.GROUP}: {{}}"]
+        own = {"upper": summary.of_level(self.upper), "lower": summary.of_level(self.lower)}
+        lines = [f"    {name}: {value}" for name, value in (own | self._described()).items()]
+        return "\n".join([head, *lines, *groups])
+
+    def _described(self) -> dict[str, str]:
+        """What the user chose and how far the run is, for a person."""
+        raise NotImplementedError
 
     def _begun(self, upper: Any, lower: Any, closure: Any) -> tuple[Any, Any] | None:
         """The closures of ``step``; None if torch's checkpoint tools called it, for the state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..arguments import Count, Fixed, Number, check_count
 from ..evaluation import Norms
+from . import summary
 from .penalty_memory import RemembersDual
 
 _WARM = 0.5
@@ -29,6 +30,14 @@ class WaitsForLower(RemembersDual):
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
         # By the last evaluation; ||grad_v f|| where it was last above 0.
         self._counts |= {"certified": False, "slope": 0.0}
+
+    def _described(self) -> dict[str, str]:
+        rule = type(self.penalty.rule).__name__
+        return {
+            "penalty": f"{self.penalty.name} by {rule}, lower_steps={self.lower_steps!r}",
+            "curvature": summary.of_engine(self.curvature),
+            "progress": summary.of_progress(self._counts, self.metrics),
+        }
 
     def _most_lower_steps(self) -> int:
         """Of one call of ``step``; at least 1."""
