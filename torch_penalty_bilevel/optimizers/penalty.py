@@ -361,7 +361,6 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
     def _evaluate(self, losses: Losses, *, for_upper: bool) -> Seen:
         """Both losses here; without ``for_upper`` no derivative with respect to u is taken."""
         here = self._here()
-        levels.release(self.lower)
         self._dual = self._sets.start(losses, here.at, self._dual, self._workers)
         self._adjoint += self._dual.multiplier[len(self._adjoint) :]
         both = here._replace(at=self._sets.extended(here.at))
@@ -393,6 +392,7 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         return Seen(evaluation, norms, here, moving)
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
+        levels.release(self.lower)
         rest = self.upper, self.lower, guard, self.penalty.lower_is_map, self._sets.inequalities
         return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
 
