@@ -53,6 +53,8 @@ DATA = ROOT.parent / "shared" / "data"
 SMALL = {
     "benchmarks.adjoint": "--products 3 --seeds 1",
     "benchmarks.cleaning": "--problems digits --factors 1 --output {}/runs.jsonl",
+    "benchmarks.coarse_products": "--kinds mlp --training 1",
+    "benchmarks.speed.copies": "--kinds LSTM",
     "benchmarks.compiled": "--widths 16 --rounds 1 --backend aot_eager",
     "benchmarks.condition": "--kappas 10 --seeds 1 --limit 20 --picture {}/picture.png",
     "benchmarks.digits_l2": "--seed 0 --budget 60",

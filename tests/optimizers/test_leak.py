@@ -69,7 +69,8 @@ def test_memory_is_flat(make, options, steps):
         before = live()
         for _ in range(steps):
             step()
-        assert live() == before
+        # A correction that rests by now has let go of what it held.
+        assert all(now <= then for now, then in zip(live(), before, strict=True))
         # The allocator also sees what only graphs hold, out of Python's sight.
         # A trace sees frees only of what some trace saw allocated: the first one is for that.
         _, kept = (kept_bytes(lambda: [step() for _ in range(PERIOD)]) for _ in range(2))

@@ -91,6 +91,23 @@ def test_lower_weights_of_16_bits_are_named(kind, dtype):
     kind([leaf([0.0], dtype)], named)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.bfloat16, "0.0039"), (torch.float16, "0.00049")]
+)
+@pytest.mark.parametrize("kind", BOTH)
+def test_upper_weights_of_16_bits_that_a_step_cannot_move_are_named(kind, dtype, least):
+    """Below 2 half a unit of rounding is eps / 2; Adam's first move is its learning rate."""
+    v = leaf([1.0])
+    rate = float(least) * 0.9
+    u = leaf([2.0, 0.5], dtype)
+    with pytest.warns(BilevelWarning, match=rf"'u' has 16 bits.* below {least} .*float32"):
+        optimizer = kind([("u", u)], [("v", v)], upper_lr=rate)
+    optimizer.step(lambda: v.sum() + u.sum().float(), lambda: ((v - u.float().sum()) ** 2).sum())
+    assert u[0] == 2.0
+    kind([leaf([2.0, 0.5], dtype)], [v], upper_lr=1.2 * float(least))
+    kind([leaf([2.0, 0.5], torch.float32)], [v], upper_lr=rate)
+
+
 class Classifier:
     """A small network, computed in 16 bits where asked for."""
 
@@ -149,7 +166,7 @@ def test_autocast_may_come_and_go_around_the_step():
 
 
 def test_the_hypergradient_under_autocast_with_differences():
-    """After sixty steps it is that of float32 double backward to a tenth at the same point."""
+    """After sixty steps it is that of float32 double backward to a fifth at the same point."""
     task = Classifier("tanh")
     options = {"lower_lr": 0.01, "upper_lr": 0.0}
     optimizer = PenaltyBilevelOptimizer(
@@ -168,7 +185,8 @@ def test_the_hypergradient_under_autocast_with_differences():
         task.coarse = coarse
         one.upper_step(task.f, task.g)
         points.append(task.u.grad.clone())
-    assert float((points[0] - points[1]).norm() / points[1].norm()) < 0.1
+    # J q of an MLP errs by 0.03 to 0.2 (benchmarks.coarse_products).
+    assert float((points[0] - points[1]).norm() / points[1].norm()) < 0.2
     assert optimizer.metrics.adjoint_residual_norm < 2 * twin.metrics.adjoint_residual_norm
 
 

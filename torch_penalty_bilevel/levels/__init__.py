@@ -13,6 +13,7 @@ from .groups import mark as mark
 from .groups import named as named
 from .groups import names as names
 from .groups import parameters as parameters
+from .groups import release as release
 from .joined import Joined as Joined
 from .joined import Together as Together
 from .joined import owner as owner

@@ -182,3 +182,23 @@ def warn_of_coarse(lower: Optimizer) -> None:
             "parameter are rounded away, so v does not settle and the certificate stays large. "
             "Keep them in float32 and compute in 16 bits by torch.autocast inside the closures",
         )
+
+
+def warn_of_lost_moves(upper: Optimizer) -> None:
+    """Warn of 16-bit upper parameters so large that a move by the learning rate is rounded away.
+
+    Half a unit of rounding is eps / 4 of an entry at least; Adam moves by about its rate.
+    """
+    labels = dict(zip(map(id, parameters(upper)), names(upper, "upper"), strict=True))
+    for group in upper.param_groups:
+        rate = float(group["lr"])
+        for u in group["params"]:
+            if torch.finfo(u.dtype).bits > 16 or not (u.requires_grad and u.numel()):
+                continue
+            least = torch.finfo(u.dtype).eps / 4 * float(u.detach().abs().max())
+            if 0 < rate < least:
+                warn(
+                    f"the upper parameter {labels[id(u)]!r} has 16 bits and entries so large that "
+                    f"moves below {least:.2g} are rounded away, and its learning rate is {rate:g}: "
+                    "it may never move. Keep it in float32, or center it at 0",
+                )

@@ -52,7 +52,7 @@ def corrected(
     if subspace is None:
         if isinstance(state, FollowedState):
             state = state.but(trust=lower_correction.resting(state.trust))
-        return multiplier, state.but(forecast=state.forecast.resting())
+        return multiplier, state.resting()
     bound = state.curvature + shift
     products = spans.Products.of(norms.inner_products, shift)
     forecast = state.forecast

@@ -18,7 +18,6 @@ from .correction import check_asked, corrected
 from .least_squares_state import FollowedState, LeastSquaresState, SubspaceState
 from .preconditioning import Preconditioner, Units, resting
 from .protocol import Jump, MultiplierRule
-from .watch import Watch
 
 _LARGEST_SUBSPACE = 10**7  # numbers in v up to which the correction is made where nobody says
 
@@ -186,6 +185,10 @@ class LeastSquares(MultiplierRule):
         # What was stiff before g went flat is likely to be so when it comes back.
         return _unit(axpy(1.0, fresh, state.probe))
 
+    def spans(self, state: LeastSquaresState) -> bool:
+        due = isinstance(state, SubspaceState) and state.forecast.is_due(state.steps)
+        return due or self._units is not None
+
     def span(
         self,
         state: LeastSquaresState,
@@ -279,7 +282,7 @@ class LeastSquares(MultiplierRule):
         signed = average(state.signed_curvature, norms.curvature, brief)
         square = average(state.multiplier_square, norms.adjoint**2, brief)
         return state.but(
-            pull=self.share * curvature * ratio(length, _slope(watch, norms)),
+            pull=self.share * curvature * ratio(length, watch.steepest(norms)),
             curvature=curvature,
             probed=probed,
             residual_square=residual_square,
@@ -297,12 +300,6 @@ class LeastSquares(MultiplierRule):
         if not state.is_backed():
             memory = self._UNBACKED_MEMORY if probed > 0 else 1.0
         return max(memory * state.curvature, seen, self._least_curvature)
-
-
-def _slope(watch: Watch, norms: Norms) -> float:
-    """S."""
-    lately = math.sqrt(watch.adjoint_square + watch.slope_square)
-    return max(watch.slope, lately, math.hypot(norms.adjoint_residual, norms.slope))
 
 
 def _unit(tensors: Tensors) -> Tensors:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..tensors import Tensors
 from .forecast import NOTHING_FORECAST, Forecast
 from .lower_correction import NO_TRUST, LowerTrust
-from .state import DIRECTION, ZEROS, DualState, along
+from .state import DIRECTION, LATE, ZEROS, DualState, along
 from .subspace import Past
 from .watch import Watch
+
+Corrected = TypeVar("Corrected", bound="SubspaceState")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +48,25 @@ class LeastSquaresState(DualState):
 class SubspaceState(LeastSquaresState):
     """With what the correction in the subspace of past multipliers remembers."""
 
-    past: Tensors = along(ZEROS)
+    past: Tensors = along(LATE)
     """q one lower step ago."""
-    past_product: Tensors = along(ZEROS)
+    past_product: Tensors = along(LATE)
     """H q then."""
-    past_move: Tensors = along(ZEROS)
+    past_move: Tensors = along(LATE)
     """By how much q had moved until then."""
-    past_move_product: Tensors = along(ZEROS)
+    past_move_product: Tensors = along(LATE)
     """H times that."""
     forecast: Forecast = NOTHING_FORECAST
 
     def before(self) -> Past:
         """Where the multiplier was one lower step ago."""
         return Past(self.past, self.past_product, self.past_move, self.past_move_product)
+
+    def resting(self: Corrected) -> Corrected:
+        """After a lower step without correction: what is remembered would be of other Hessians."""
+        vectors = "past", "past_product", "past_move", "past_move_product"
+        state = self.forgetting(*vectors) if self.forecast.was_made else self  # else it has been
+        return state.but(forecast=self.forecast.resting())
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,10 @@ class MultiplierRule(Protocol):
             raise NotImplementedError(f"{type(self).__name__} does not say which probe it needs")
         return ()
 
+    def spans(self, state: Any) -> bool:
+        """May ``span`` find something (default)? If not, H q is let go before the probe."""
+        return True
+
     def span(
         self,
         state: Any,
@@ -130,6 +134,13 @@ class MultiplierRule(Protocol):
     def upper_update(self, state: Any, evaluation: Evaluation, norms: Norms) -> Any:
         """The state after an upper step that used ``evaluation``; by default unchanged."""
         return state
+
+    def left_for_upper(self, evaluation: Evaluation) -> Evaluation:
+        """Without vectors that nothing reads any more once ``lower_update`` has been."""
+        if type(self).upper_update is not MultiplierRule.upper_update:
+            return evaluation
+        residual = evaluation.residual if self.reads_residual else ()
+        return evaluation._replace(residual=residual, adjoint_residual=(), probe_product=())
 
     # What others may ask.
 

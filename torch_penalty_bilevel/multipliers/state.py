@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors, check_like
+from ..tensors import Tensors, check_like, is_sharded
 from ..undo.rule_memory import copied, relocated
 
 State = TypeVar("State", bound="DualState")
@@ -37,7 +37,19 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
+def _nothing(parameter: Tensor) -> Tensor:
+    """Zeros in the place of one number; a shard's layout has no such thing."""
+    if is_sharded(parameter):
+        return _zeros(parameter)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=parameter.device).expand(parameter.shape)
+
+
 def _kept(entry: Any, parameter: Tensor) -> Any:
+    return entry
+
+
+def _as_it_is(entry: Any) -> Any:
     return entry
 
 
@@ -60,10 +72,19 @@ class Role(NamedTuple):
     """That of one that starts on another lower problem."""
     placed: Callable[[Any, Any, torch.device], Any] = _placed
     """From a checkpoint, where this state has the second argument, on that device."""
+    saved: Callable[[Any], Any] = _as_it_is
+    """For a checkpoint."""
 
 
 ZEROS = Role(restarted=lambda entry, parameter: torch.zeros_like(entry))
 """Belongs to the present lower problem, like nu: 0 where that begins; in at least float32."""
+LATE = Role(
+    added=_nothing,
+    restarted=lambda entry, parameter: _nothing(entry),
+    # Checkpoint tools write into what a fresh optimizer shows them.
+    saved=lambda entry: entry.contiguous(),
+)
+"""Zeros that take no memory until there is something to remember; never written in place."""
 DIRECTION = Role()
 """Outlives the lower problem, like a direction in which H was stiff."""
 POINT = Role(
@@ -180,6 +201,10 @@ class DualState:
             }
         )
 
+    def forgetting(self: State, *names: str) -> State:
+        """With nothing in these fields, which are ``LATE``."""
+        return self.but(**{name: tuple(map(_nothing, self._of(name))) for name in names})
+
     def remembering(self: State, memories: Sequence[dict[str, Any]]) -> State:
         """With copies of what the lower rule remembers of v for every second point."""
         names = [n for n, r in _fields(type(self)).along.items() if r is MEMORY]
@@ -197,7 +222,7 @@ class DualState:
             for name in fields.numbers
             if hasattr(holder, name)
         }
-        lists = {name: list(self._of(name)) for name in fields.along}
+        lists = {n: [r.saved(e) for e in self._of(n)] for n, r in fields.along.items()}
         return {**lists, "scalars": numbers, "lower_steps": self.steps}
 
     def check(self, saved: dict[str, Any]) -> None:

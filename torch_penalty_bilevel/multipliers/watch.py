@@ -97,5 +97,10 @@ class Watch:
             return 0.0
         return math.sqrt(self.adjoint_square / self.slope_square)
 
+    def steepest(self, norms: Norms) -> float:
+        """S of ``LeastSquares``, in which the present evaluation counts at once."""
+        lately = math.sqrt(self.adjoint_square + self.slope_square)
+        return max(self.slope, lately, math.hypot(norms.adjoint_residual, norms.slope))
+
     def _matters(self, norms: Norms) -> bool:
         return norms.slope > 0 and math.sqrt(self.adjoint_square) > _NEGLIGIBLE * self.slope

@@ -239,8 +239,7 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         """One update of v and of the multiplier, blind to u; returns f. See ``step``."""
         with self._undone([]) as guard:
             losses = self._losses(upper_closure, lower_closure, guard)
-            seen = self._evaluate(losses, for_upper=False)
-            self._move_lower(seen)
+            seen = self._move_lower(self._evaluate(losses, for_upper=False))
         return seen.evaluation.upper_loss
 
     def upper_step(self, upper_closure: Closure, lower_closure: Closure) -> Tensor:
@@ -303,14 +302,15 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         left = self._most_lower_steps()
         while True:
             serves = left == 1 or (waits and bool(self._counts["certified"]))
-            seen = self._evaluate(losses, for_upper=shared and serves)
-            self._move_lower(seen)
+            seen = self._move_lower(self._evaluate(losses, for_upper=shared and serves))
             left -= 1
             if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
                 return seen
 
-    def _move_lower(self, seen: Seen) -> None:
+    def _move_lower(self, seen: Seen) -> Seen:
+        """Returns what is left for u: what v alone needs is let go before its rule takes memory."""
         evaluation, norms, here, moving = seen
+        del seen
         rule, lower = self.penalty.rule, here.at.lower
         dual = self._dual.only(moving)
         jump = rule.jump(dual, evaluation, norms)
@@ -324,6 +324,8 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
 
         advanced = rule.follow(advanced, evaluation, move)
         levels.give(self.lower, norms.heard(direction))
+        if not self._sets.lower.multipliers:
+            evaluation = rule.left_for_upper(evaluation)
         before = clones(lower) if rule.follows_lower(dual) else ()
         with evaluation.lower_face.retracting(lower):
             if jump is not None:
@@ -335,6 +337,7 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         self._dual = self._dual.merged(advanced, moving, here.lower)
         adjoint = rule.adjoint(advanced, evaluation.residual)
         self._adjoint = self._merged(evaluation.lower_face.tangent(adjoint), here)
+        return Seen(evaluation, norms, here, moving)
 
     def _move_upper(self, seen: Seen, hold: bool = False) -> None:
         evaluation, norms, here, moving = seen
@@ -383,6 +386,7 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         return Seen(evaluation, norms, here, moving)
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
+        levels.release(self.lower)
         rest = self.upper, self.lower, guard, self.penalty.lower_is_map, self._sets.inequalities
         return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
 

@@ -76,6 +76,7 @@ class TwoLevelOptimizer(levels.Joined):
         rules.check(upper_rule, "upper")
         rules.check(lower_rule, "lower")
         rules.warn_of_coarse(lower_rule)
+        rules.warn_of_lost_moves(upper_rule)
         self.upper, self.lower = upper_rule, lower_rule
         self._scope = Scope()
         self._has_two_rates = rules.rates(upper_rule, "lr") != rules.rates(lower_rule, "lr")

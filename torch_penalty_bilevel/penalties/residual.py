@@ -47,6 +47,7 @@ def evaluate_residual(
         multipliers: how many of the last tensors of v are multipliers, along which q ascends.
     """
     upper_loss, direct = upper
+    del upper
     full_residual = linearised.residual
     # q or its face may depend on r, which then has to be averaged before.
     early = lower_faces is not everywhere or rule.reads_residual
@@ -55,38 +56,48 @@ def evaluate_residual(
     face = lower_faces(at.lower, full_residual)
     adjoint = face.tangent(rule.adjoint(state, face.tangent(full_residual)))
     indirect = linearised.product(cast_like(adjoint, at.lower))
-    parts = filled(indirect.lower, at.lower), filled(direct.lower, at.lower)
+    vectors = [filled(indirect.lower, at.lower), filled(direct.lower, at.lower)]
+    vectors += [] if early else [full_residual]
     upper_grad = sum_of_optional(direct.upper, indirect.upper)
-    vectors = parts if early else (*parts, full_residual)
-    found = averaged(reduce, at, vectors, upper_grad, (upper_loss, linearised.loss))
-    product, slope, *late = found.lower
+    del direct, indirect
+    (product, slope, *late), upper_grad, losses, used = averaged(
+        reduce, at, vectors, upper_grad, (upper_loss, linearised.loss)
+    )
+    del vectors
     full_residual = late[0] if late else full_residual
     residual = face.tangent(full_residual)
-    probe_product: Tensors = ()
-    if rule.probes(state):
-        probe = rule.probe(state, full_residual, slope)
-        curved = linearised.product(cast_like(probe, at.lower)).lower
-        probe_product = face.curved(reduce(filled(curved, at.lower)), probe)
+    probe = rule.probe(state, full_residual, slope) if rule.probes(state) else ()
     product = face.tangent(face.curved(product, adjoint))
     slope = face.tangent(slope)
+    slope_norms, product_norms = norms(slope), norms(product)
+    curvature_terms = _curvature(adjoint, product, multipliers)
     adjoint_residual = add(slope, product)
+    del slope
+    # With multipliers among q the monotone form is not symmetric.
+    spans = not multipliers and rule.spans(state)
+    if not spans:
+        product = ()
+    # All that is let go above is not there while the probe's gradient is taken.
+    probe_product: Tensors = ()
+    if probe:
+        curved = linearised.product(cast_like(probe, at.lower)).lower
+        probe_product = face.curved(reduce(filled(curved, at.lower)), probe)
     looks = adjoint, product, adjoint_residual, residual
     return Evaluation(
-        upper_loss=found.losses[0],
-        lower_loss=found.losses[1],
+        upper_loss=losses[0],
+        lower_loss=losses[1],
         adjoint=adjoint,
         residual=residual,
         adjoint_residual=adjoint_residual,
-        upper_grad=found.upper,
-        slope_norms=norms(slope),
-        product_norms=norms(product),
+        upper_grad=upper_grad,
+        slope_norms=slope_norms,
+        product_norms=product_norms,
         probe_product=probe_product,
         cost=2 + product_cost * (2 if probe_product else 1),
         lower_face=face,
-        curvature_terms=_curvature(adjoint, product, multipliers),
-        # With multipliers among q the monotone form is not symmetric.
-        subspace=None if multipliers else rule.span(state, *looks),
-        upper_used=found.used,
+        curvature_terms=curvature_terms,
+        subspace=rule.span(state, *looks) if spans else None,
+        upper_used=used,
     )
 
 

@@ -61,7 +61,7 @@ class Stationarity:
     def evaluate(
         self, losses: Losses, at: Pair, state: DualState, curvature: Curvature, reduce: Reduce
     ) -> Evaluation:
-        upper = curvature.gradient(losses.upper, at)
+        upper = [curvature.gradient(losses.upper, at)]
         other_residual: Tensors | None = None
         if self.independent_batches:
             other_residual = curvature.linearise(losses.lower, at).residual
@@ -73,7 +73,7 @@ class Stationarity:
             self.rule,
             state,
             at,
-            upper,
+            upper.pop(),  # it keeps grad_v f no longer than it needs to
             linearised,
             cost,
             reduce,

@@ -1,0 +1,48 @@
+"""Peak memory of one step by finite differences, in copies of v and over plain training with AdamW.
+
+    python -m benchmarks.speed.copies
+    python -m benchmarks.speed.copies --kinds transformer LSTM
+
+Steps 2 and 3, which probe the curvature, from the events of the allocator, parameters and data
+included. With the correction of the multiplier, which keeps four vectors like v (the default up to
+10 million numbers in v), and without (``LeastSquares(subspace=False)``, the default above).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.speed import methods, metrics, problems
+from examples.shared import command
+from torch_penalty_bilevel import LeastSquares, Stationarity
+
+
+def peak(kind: str, subspace: bool | None) -> int:
+    """In bytes; None: of plain training."""
+
+    def step() -> methods.Step:
+        problem = problems.by_kind(kind)
+        if subspace is None:
+            return methods.training(problem, torch.optim.AdamW)
+        penalty = Stationarity(LeastSquares(subspace=subspace))
+        return methods.penalty(problem, curvature="finite_difference", penalty=penalty)
+
+    return metrics.peaks_of(step)["peak_bytes"]
+
+
+def main() -> None:
+    parser = command.parser(__spec__, __doc__)
+    parser.add_argument("--kinds", nargs="+", choices=problems.BY_KIND, default=problems.BY_KIND)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| copies of v (over plain training) | plain | with correction | without |")
+    print("|---|---|---|---|")
+    for kind in options.kinds:
+        unit = sum(p.numel() * p.element_size() for p in problems.by_kind(kind).lower)
+        plain, *ours = (peak(kind, subspace) for subspace in (None, True, False))
+        cells = [f"{p / unit:.1f} ({p / plain:.2f})" for p in ours]
+        print(f"| {kind} | {plain / unit:.1f} |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
