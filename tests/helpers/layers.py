@@ -9,6 +9,7 @@ FLOORS = (
     ("adapters", "hypergradients"),
     ("checks", "functional"),
     ("optimizers",),
+    ("integrations",),
 )
 
 LAYERS = {
