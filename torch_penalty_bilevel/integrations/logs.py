@@ -11,7 +11,7 @@ from torch.nn import Module
 from ..metrics import Metrics
 
 _METHODS = ("log_dict", "log", "log_metrics")
-"""Lightning's modules; runs of Weights & Biases, Accelerate, Trainer; Lightning's loggers, MLflow.
+"""Lightning's modules; runs of Weights & Biases, Accelerate, Trainer; Lightning's loggers.
 
 In this order: Trainer has a ``log_metrics`` that is something else.
 """
@@ -28,9 +28,9 @@ def log_metrics(
     Args:
         metrics: ``optimizer.metrics``.
         logger: TensorBoard's ``SummaryWriter``; a run of Weights & Biases; a Lightning module (in
-            its ``training_step``) or logger; an ``Accelerator``; the module ``mlflow``; or a
-            function that takes a dict, and ``step=`` where one is given: ``trainer.log``, ``print``
-            or ``functools.partial(self.log_dict, prog_bar=True)``.
+            its ``training_step``) or logger; an ``Accelerator``; or a function that takes a dict,
+            and ``step=`` where one is given: ``print``, ``trainer.log`` or
+            ``functools.partial(self.log_dict, prog_bar=True)``.
         step: where the numbers stand on the axis. TensorBoard needs it; a Lightning module counts
             by itself; the others count their calls without.
         prefix: of every name.
