@@ -51,8 +51,9 @@ class BilevelTrainer(Trainer):
     of v, ``grad_norm`` is its norm before that. ``gradient_accumulation_steps`` are micro-batches
     that count alike, however many tokens they have. The log has g as ``loss``, v's rate as
     ``learning_rate`` and the optimizer's ``metrics`` as ``bilevel_...``. Checkpoints have
-    ``upper.pt`` beside the model: u and the place in ``upper_dataset``; a resumed run is bit-equal.
-    Several processes share the problem (``reduce="mean"``).
+    ``upper.pt`` beside the model: u and the place in ``upper_dataset``; a resumed run is bit-equal
+    (where a plain ``Trainer``'s is: what the collator of ``train_dataset`` draws is not replayed
+    within an epoch). Several processes share the problem (``reduce="mean"``).
 
     Args:
         args: as for ``Trainer``, by position or name, as are all others but those below.
