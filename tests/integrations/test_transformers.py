@@ -1,10 +1,10 @@
 """``BilevelTrainer`` with a small random GPT-2: beside a loop written by hand, and resumed."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
 from torch_penalty_bilevel.nn import SourceWeights
@@ -14,91 +14,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore:.*pin_memory.*"),
 ]
 
-transformers = pytest.importorskip("transformers")
-BilevelTrainer = pytest.importorskip(
-    "torch_penalty_bilevel.integrations.transformers"
-).BilevelTrainer
-
-TOKENS, LENGTH = 11, 6
-DIFFERENCES = {"curvature": "finite_difference"}  # fused attention has no second derivative
+pytest.importorskip("transformers")
+hugging_face = pytest.importorskip("hugging_face")
+DIFFERENCES = hugging_face.DIFFERENCES
+Rows = hugging_face.Rows
+gpt2 = hugging_face.gpt2
+upper_loss = hugging_face.upper_loss
+lower_loss = hugging_face.lower_loss
+Mixer = hugging_face.Mixer
+trainer = hugging_face.trainer
 
 
 @pytest.fixture(autouse=True)
 def _float32():
     torch.set_default_dtype(torch.float32)
-
-
-class Rows(Dataset):
-    """Counting up (source 0) or random (source 1), modulo ``TOKENS``; labels are the tokens."""
-
-    def __init__(self, count, sources=2, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        first = torch.randint(TOKENS, (count, 1), generator=generator)
-        noise = torch.randint(TOKENS, (count, LENGTH), generator=generator)
-        self.source = torch.arange(count) % sources
-        up = (first + torch.arange(LENGTH)) % TOKENS
-        self.tokens = torch.where(self.source[:, None] == 0, up, noise)
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, i):
-        tokens = self.tokens[i]
-        return {"input_ids": tokens, "labels": tokens, "source": self.source[i]}
-
-
-def gpt2(dropout=0.1):
-    torch.manual_seed(0)
-    size = {"vocab_size": TOKENS, "n_positions": LENGTH, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.GPT2Config(**size, **ends, **dict.fromkeys(names, dropout))
-    return transformers.GPT2LMHeadModel(config)
-
-
-def upper_loss(model, inputs):
-    return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
-
-
-def lower_loss(model, weights, inputs):
-    logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].transpose(1, 2)
-    each = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:], reduction="none")
-    return (2 * weights()[inputs["source"]] * each.mean(1)).mean()
-
-
-class Mixer(BilevelTrainer):
-    def compute_upper_loss(self, model, inputs):
-        return upper_loss(model, inputs)
-
-    def compute_lower_loss(self, model, inputs):
-        return lower_loss(model, self.upper, inputs)
-
-
-def trainer(folder, kind=Mixer, model=None, upper=None, data=None, clean=None, **options):
-    mine = ("upper_lr", "upper_every", "optimizer_options", "optimizers", "model_init")
-    mine += ("eval_dataset",)
-    bilevel = {"optimizer_options": DIFFERENCES, "upper_lr": 0.05}
-    bilevel |= {name: options.pop(name) for name in mine if name in options}
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "optim": "adamw_torch",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "seed": 3,
-    }
-    return kind(
-        None if "model_init" in bilevel else model or gpt2(),
-        transformers.TrainingArguments(str(folder), **(arguments | options)),
-        train_dataset=data or Rows(18),
-        upper=SourceWeights(2) if upper is None else upper,
-        upper_dataset=clean or Rows(10, sources=1, seed=1),
-        **bilevel,
-    )
 
 
 def everything(run):
@@ -173,7 +102,7 @@ def test_it_is_the_loop_written_by_hand(tmp_path, micro, every):
         if (step + 1) % every:
             losses.append(float(optimizer.plain_lower_step(gs)))
         else:
-            fs = [lambda b=next(clean): upper_loss(model, b) for _ in part]
+            fs = [lambda b=b: upper_loss(model, b) for b in itertools.islice(clean, len(part))]
             optimizer.step(fs, gs)
             losses.append(float(optimizer.metrics.lower_loss))
         certificates.append(float(optimizer.metrics.relative_certificate))
@@ -214,7 +143,7 @@ class WithMasks(Mixer):
 
 @pytest.mark.parametrize("at", [2, 3, 4])
 def test_a_resumed_run_is_bit_equal(tmp_path, at):
-    """Within an epoch of 3 steps, at its end, and within the next; dropout, masks, micro-batches."""
+    """Within an epoch of 3 steps, at its end, in the next; with dropout, masks, micro-batches."""
     options = {"gradient_accumulation_steps": 2, "max_steps": 7, "save_steps": 1, "upper_every": 2}
     options |= {"save_strategy": "steps"}
     whole = trainer(tmp_path, WithMasks, **options)
@@ -236,9 +165,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, at):
 
 def test_the_source_that_helps_is_found(tmp_path):
     data, clean = Rows(256), Rows(64, sources=1, seed=1)
-    run = trainer(
-        tmp_path, data=data, clean=clean, max_steps=120, per_device_train_batch_size=16
-    )
+    run = trainer(tmp_path, data=data, clean=clean, max_steps=120, per_device_train_batch_size=16)
     run.train()
     assert float(run.upper()[0].detach()) > 0.75
 
@@ -272,60 +199,3 @@ def test_the_best_checkpoint_brings_its_u(tmp_path):
     assert torch.equal(saved["upper"]["logits"], run.upper.logits)
     last = torch.load(tmp_path / "checkpoint-4" / "upper.pt", weights_only=True)
     assert not torch.equal(last["upper"]["logits"], run.upper.logits)
-
-
-def test_trainer_s_own_checkpoint_is_refused(tmp_path):
-    run = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    run.train()
-    (tmp_path / "checkpoint-1" / "upper.pt").unlink()
-    with pytest.raises(ValueError, match=r"has no upper.pt, so it is not of a BilevelTrainer"):
-        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fp16": True}, r"fp16=True; use bf16=True"),
-        ({"model_init": lambda: gpt2()}, r"model_init; use model="),
-        ({"optimizers": "SGD"}, r"optimizers has SGD; leave it out"),
-        ({"upper_every": 0}, r"upper_every must be an integer >= 1, got 0"),
-    ],
-)
-def test_what_it_does_not_go_with_is_refused(tmp_path, options, message):
-    if "optimizers" in options:
-        model = gpt2()
-        options = {"model": model, "optimizers": (sgd(model), None)}
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **options)
-
-
-def test_weight_decay_that_is_not_in_g_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"AdamW.*weight_decay"):
-        trainer(tmp_path, weight_decay=0.1, max_steps=1).train()
-
-
-def test_levels_that_are_none_are_named(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            raise AssertionError
-
-    with pytest.raises(TypeError, match="upper is Tensor; give a module whose parameters are u"):
-        trainer(tmp_path, upper=torch.zeros(2, 2))
-    with pytest.raises(TypeError, match="upper_dataset is Stream, which has no length"):
-        trainer(tmp_path, clean=Stream())
-
-
-def test_a_lower_loss_has_to_be_written(tmp_path):
-    with pytest.raises(NotImplementedError, match="write compute_lower_loss"):
-        trainer(tmp_path, BilevelTrainer, max_steps=1, remove_unused_columns=True).train()
-
-
-def test_the_default_upper_loss_is_the_model_s(tmp_path):
-    run, batch = trainer(tmp_path, BilevelTrainer), Rows(4)[:2]
-    inputs = {key: batch[key] for key in ("input_ids", "labels")}
-    run.model.eval()
-    assert torch.equal(run.compute_upper_loss(run.model, inputs), upper_loss(run.model, inputs))
