@@ -118,6 +118,36 @@ def test_max_steps_counts_bilevel_steps(tmp_path):
     assert run.global_step == len(module.seen) == 6
 
 
+def test_the_wrapper_passes_micro_batches_of_g_on(tmp_path):
+    """And refuses those of f, which it wants to call."""
+
+    class Parts(Ridge):
+        def training_step(self, batch, number):
+            x, y = batch
+            wrapper = self.optimizers()
+            optimizer = wrapper if self.wrapped else wrapper.optimizer
+
+            def part(rows):
+                decay = self.log_decay.exp() * self.model[1].weight.square().sum()
+                return mse_loss(self.model(x[rows]), y[rows]) + decay
+
+            gs = [lambda: part(slice(2, 5)), lambda: part(slice(5, 8))]
+            optimizer.step(closure=lambda: part(slice(0, 2)), lower_closure=gs)
+            if self.wrapped and number == 3:
+                with pytest.raises(Exception, match="closure should be callable"):
+                    wrapper.step(closure=gs, lower_closure=gs)
+
+    torch.manual_seed(0)
+    one, other = Parts(), Parts()
+    other.load_state_dict(one.state_dict())
+    for module, wrapped in ((one, True), (other, False)):
+        module.wrapped = wrapped
+        torch.manual_seed(1)
+        options = {"max_epochs": 1, "enable_checkpointing": False}
+        trainer(tmp_path, [BilevelCallback()], **options).fit(module, data())
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
 class Keeps(L.pytorch.callbacks.TQDMProgressBar):
     """What the progress bar showed, batch by batch."""
 
