@@ -156,8 +156,8 @@ def test_imports_point_one_way(path):
 def test_there_are_few_rooms_on_few_floors():
     rooms = {module_of(path) for path in PACKAGE.rglob("*.py")} - DOORS
     assert rooms == {*LAYERS}
-    assert len(rooms) <= 24
-    assert len(FLOORS) <= 8
+    assert len(rooms) <= 25
+    assert len(FLOORS) <= 9
 
 
 def test_modules_stay_small():

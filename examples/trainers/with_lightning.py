@@ -16,6 +16,7 @@ from examples.mix_sources.formulation import letter_losses
 from examples.mix_sources.transformer import Size, Transformer
 from examples.trainers.data import LENGTH, NAMES, loader
 from torch_penalty_bilevel import PenaltyBilevelOptimizer
+from torch_penalty_bilevel.integrations.lightning import BilevelCallback
 from torch_penalty_bilevel.nn import SourceWeights
 
 
@@ -61,7 +62,11 @@ def main(steps: int = 120, accelerator: str = "auto") -> Tensor:
     lightning.seed_everything(0, verbose=False)
     mixer = Mixer()
     trainer = lightning.Trainer(
-        accelerator=accelerator, max_epochs=1, logger=False, enable_checkpointing=False
+        accelerator=accelerator,
+        max_epochs=1,
+        callbacks=[BilevelCallback()],  # the certificate in the progress bar
+        logger=False,
+        enable_checkpointing=False,
     )
     trainer.fit(mixer, loader(steps))
     return mixer.weights().detach()

@@ -24,9 +24,7 @@ COMMANDS = sorted(
 )
 GUIDE = [f"examples.extending.{name}" for name in ("engine", "multiplier_rule", "penalty")]
 # Run by test_trainer_examples, where their libraries are installed.
-TRAINERS = [
-    f"examples.trainers.with_{name}" for name in ("accelerate", "lightning", "peft", "transformers")
-]
+TRAINERS = [name for name in COMMANDS if name.startswith("examples.trainers.")]
 IMPORTED = ("matplotlib.pyplot", "scipy.optimize", "sklearn.datasets", "sklearn.linear_model")
 IMPORTED += ("torch", "torch._dynamo", "torchopt", "higher", "tqdm", "pytest")
 

@@ -12,6 +12,7 @@ FLOORS = (
     ("adapters", "hypergradients"),
     ("checks", "functional"),
     ("optimizers", "plotting"),
+    ("integrations",),
 )
 
 LAYERS = {

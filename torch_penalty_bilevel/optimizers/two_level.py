@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import levels
 from ..adapters.closures import both_of
+from ..adapters.left_out import warn_of_left_out
 from ..errors import warn
 from ..evaluation import Evaluation, Norms
 from ..levels import checkpoint, rules
@@ -58,6 +59,8 @@ class TwoLevelOptimizer(levels.Joined):
     """Has something other than a step given the state all its entries?"""
     _has_two_rates = False
     """Were the levels given different learning rates, and nothing was said about them since?"""
+    _is_told_of_left_out = False
+    """Was it said that a trainer leaves out steps?"""
 
     def _build(
         self,
@@ -131,6 +134,8 @@ class TwoLevelOptimizer(levels.Joined):
         if upper is lower is closure is None and self._completes_state():
             return None
         both = both_of(upper, lower, closure)
+        if isinstance(upper, (list, tuple)) and lower is None and not self._is_told_of_left_out:
+            self._is_told_of_left_out = warn_of_left_out(*both)
         if self._has_two_rates:
             self._warn_of_one_rate()
         return both
