@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -161,7 +162,7 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         self.certificate_tolerance = certificate_tolerance
         self.max_lower_steps = max_lower_steps
         engine = engines.resolve(curvature, weighs_costs=True)
-        parts = self.upper, self.lower, self._workers, lower_constraint
+        parts = self.upper, self.lower, self._workers, lower_constraint, penalties.is_map(penalty)
         self.curvature = sharded.served(engine, *parts)
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.allow_unused = checked_truth("allow_unused", allow_unused)
@@ -310,7 +311,8 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         while True:
             serves = left == 1 or (waits and bool(self._counts["certified"]))
             seen = self._evaluate(losses, for_upper=shared and serves)
-            self._move_lower(seen)
+            move = functools.partial(self._move_lower, seen)
+            self._workers.engine(self.curvature).attempt(move, between=seen.here.lower[0])
             left -= 1
             if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
                 return seen
