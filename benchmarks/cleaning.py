@@ -106,7 +106,8 @@ def main() -> None:
     add("--problems", nargs="+", choices=PROBLEMS, default=["digits"], help="(digits)")
     add("--seeds", type=int, default=1, help="number of seeds (1)")
     add("--factors", type=float, nargs="+", default=FACTORS, help="of both rates (1/3 1 3)")
-    add("--data-dir", type=Path, help="holds a folder per data set (beside the checkout, or cache)")
+    where = "holds a folder per data set (beside the checkout, or cache)"
+    add("--data-dir", type=command.folder, help=where)
     add("--output", type=Path, default=OUTPUT, help=f"finished runs ({OUTPUT})")
     add("--threads", type=int, default=1, help="torch threads (1)")
     options = parser.parse_args()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -227,15 +227,15 @@ def hypergradient(
 
 
 def _refuse_transforms(at: Pair) -> None:
-    tensors = (*at.upper, *at.lower)
-    if any(torch._C._functorch.is_batchedtensor(t) for t in tensors):
+    tensors, functorch = (*at.upper, *at.lower), cast(Any, torch._C)._functorch
+    if any(functorch.is_batchedtensor(t) for t in tensors):
         raise TypeError(
             "hypergradient does not run inside torch.func.vmap: how long its solver runs depends "
             "on values. Give it the sum of the problems instead, which has the hypergradient of "
             "each: hypergradient(lambda u, v: torch.func.vmap(f)(u, v).sum(), lambda u, v: "
             "torch.func.vmap(g)(u, v).sum(), u, v, ...), u and v stacked; or call it in a loop"
         )
-    if any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
+    if any(functorch.is_gradtrackingtensor(t) for t in tensors):
         raise TypeError(
             "hypergradient does not run inside torch.func.grad, vjp or jvp: its result is not "
             "differentiated further, and their answer would be 0. functional.penalty_gradient "

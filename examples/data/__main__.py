@@ -90,7 +90,8 @@ def main() -> None:
     """The command."""
     parser = command.parser(__spec__, __doc__)
     parser.add_argument("names", nargs="+", choices=SETS, metavar="NAME", help=", ".join(SETS))
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="with a folder per data set")
+    where = "with a folder per data set"
+    parser.add_argument("--data-dir", type=command.folder, metavar="DIR", help=where)
     options = parser.parse_args()
     for name in options.names:
         module, read = SETS[name]

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from examples.denoise.report import draw, section
 from examples.denoise.rows import ROWS, accuracy, fit
 from examples.denoise.settings import SETTINGS
 from examples.shared import command
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, by_seed, plan_of
 from examples.shared.record import Line, place_of
 from examples.shared.run import Run
 
@@ -141,18 +140,18 @@ class Rows:
         result["retrained"] = accuracy(model, problem.test_images, problem.test_labels)
         return result | score(scores, problem)
 
-    def draw(self, plan: list[Line], path: Path) -> None:
+    def draw(self, content: Line, path: Path) -> bool:
         """The runs of the first seed, with the weights of "penalty", else of another method."""
-        first = [line for line in plan if line["seed"] == plan[0]["seed"]]
+        first, _ = by_seed(plan_of(content))
         results = {line["method"]: [self.experiment.record[line]] for line in first}
         learned = sorted(set(METHODS) & set(results), key=lambda name: name != "penalty")
         if not learned:
-            return
+            return False
         chosen = next(line for line in first if line["method"] == learned[0])
         title = f"{chosen['dataset']}, {chosen['noise']:.0%} wrong labels ({chosen['flip']})"
         weights = torch.load(self.weights(chosen), weights_only=True)
         draw(self.problem(chosen), weights, results, title, path)
-        print(f"picture: {path}", file=sys.stderr)
+        return True
 
 
 def main() -> None:
@@ -161,11 +160,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     experiment = Experiment("denoise", options)
     rows, plan = Rows(options, experiment), planned(options)
-    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
-        experiment.perform(part, rows)
-        rows.draw(part, experiment.out / "denoise.png")  # something to see after the first seed
-    print(section(experiment.publish(plan)))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+    experiment.report(by_seed(plan), rows, rows.draw, section)
 
 
 if __name__ == "__main__":

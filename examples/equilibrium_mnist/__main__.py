@@ -31,7 +31,8 @@ differentiation solved to 1e-12.
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ from examples.equilibrium_mnist.problem import (
 from examples.equilibrium_mnist.report import draw, section
 from examples.equilibrium_mnist.rows import METHODS, agreement, network, seen, softmax
 from examples.shared import command
-from examples.shared.experiment import Experiment, by_method
+from examples.shared.experiment import Experiment, by_method, by_seed
 from examples.shared.grid import print_best, settings
 from examples.shared.record import Line
 from examples.shared.run import Run
@@ -170,21 +171,22 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     experiment, plan = Experiment("equilibrium_mnist", options), planned(options)
-    work, picture = Work(options, experiment.device), experiment.out / "equilibrium_mnist.png"
+    work = Work(options, experiment.device)
     if options.tune:
         experiment.perform(plan, work)
         print_best(command.methods_of(options, METHODS), plan, experiment.record, GRID, by="loss")
         return
     first = {"method": "agreement", "seed": 0, "width": options.width}
-    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
-        experiment.perform([first, *part], work)
-        simple = beside(part, experiment)
-        experiment.perform(simple, work)
-        content = experiment.publish([first, *part, *simple])
-        draw(by_method(content["runs"]), picture)
-        print(f"picture: {picture}", file=sys.stderr)  # something to see after the first seed
-    print(section(content))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+
+    def parts() -> Iterator[list[Line]]:
+        for part in by_seed(plan):
+            experiment.perform([first, *part], work)  # which says how long the simple ones take
+            yield [first, *part, *beside(part, experiment)]
+
+    def picture(content: Line, path: Path) -> None:
+        draw(by_method(content["runs"]), path)
+
+    experiment.report(parts(), work, picture, section)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ normalisation: "alone" uses no query image (statistics of training; maml: of the
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from examples.few_shot import problem
 from examples.few_shot.methods import NAMES, Course
 from examples.few_shot.report import draw, section
 from examples.shared import command
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, plan_of
 from examples.shared.record import Line
 from examples.shared.run import Run
 
@@ -113,12 +112,12 @@ class Rows:
         """One method on one seed."""
         return Course(line, self.split, run)()
 
-    def draw(self, plan: list[Line], path: Path) -> None:
+    def draw(self, content: Line, path: Path) -> None:
         """Of all runs so far, with the first method's predictions for the first test task."""
+        plan = plan_of(content)
         done = [(line, self.experiment.record[line]) for line in plan]
         shown = problem.test_tasks(self.split, self.size, plan[0]["test_tasks"])
         draw(done, self.split.unseen[shown.classes[0], shown.images[0]], self.size, path)
-        print(f"picture: {path}", file=sys.stderr)
 
 
 def main() -> None:
@@ -127,11 +126,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     experiment = Experiment("few_shot", options)
     rows, plan = Rows(options, experiment), planned(options)
-    for count in range(1, len(plan) + 1):  # something to see after every run
-        experiment.perform(plan[:count], rows)
-        rows.draw(plan[:count], experiment.out / "few_shot.png")
-    print(section(experiment.publish(plan)))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+    parts = (plan[:count] for count in range(1, len(plan) + 1))  # to see after every run
+    experiment.report(parts, rows, rows.draw, section)
 
 
 if __name__ == "__main__":

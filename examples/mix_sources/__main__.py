@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ from examples.mix_sources.report import draw, section
 from examples.mix_sources.training import train
 from examples.mix_sources.transformer import Size
 from examples.shared import command
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, by_seed, plan_of
 from examples.shared.record import Line
 from examples.shared.run import Run
 
@@ -101,11 +100,10 @@ class Rows:
         task = Mixing(mixture, size, line["windows"], line["floor"], line["compile"])
         return train(line["method"], task, line["budget"], line["every"], run)
 
-    def draw(self, plan: list[Line], path: Path) -> None:
+    def draw(self, content: Line, path: Path) -> None:
         """The runs of the first seed."""
-        first = [line for line in plan if line["seed"] == plan[0]["seed"]]
+        first, _ = by_seed(plan_of(content))
         draw({line["method"]: [self.experiment.record[line]] for line in first}, path)
-        print(f"picture: {path}", file=sys.stderr)
 
 
 def main() -> None:
@@ -114,11 +112,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     experiment = Experiment("mix_sources", options)
     rows, plan = Rows(options, experiment), planned(options)
-    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
-        experiment.perform(part, rows)
-        rows.draw(part, experiment.out / "mix_sources.png")  # to see after the first seed
-    print(section(experiment.publish(plan)))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+    experiment.report(by_seed(plan), rows, rows.draw, section)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ The picture shows poisons beside their originals, and the victims against the wo
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -49,7 +48,7 @@ from examples.poison.setting import (
     Attacks,
 )
 from examples.shared import command
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, by_seed, plan_of
 from examples.shared.record import Line, place_of
 from examples.shared.run import Run
 
@@ -151,21 +150,20 @@ class Rows:
             return result
         return result | defended(task, training, line.get("defence_steps", STEPS))
 
-    def draw(self, plan: list[Line], path: Path) -> None:
+    def draw(self, content: Line, path: Path) -> bool:
         """The runs of the first seed, with the poisons of "penalty", else of another method."""
-        first = [line for line in plan if line["seed"] == plan[0]["seed"]]
-        first = [line for line in first if line.get("target", 0) == 0]
+        first = [line for line in by_seed(plan_of(content))[0] if line.get("target", 0) == 0]
         results = {line["method"]: [self.experiment.record[line]] for line in first}
         learned = sorted(set(METHODS) & set(results), key=lambda name: name != "penalty")
         if not learned:
-            return
+            return False
         chosen = next(line for line in first if line["method"] == learned[0])
         task = self.make(chosen)
         after = torch.load(self.poisons(chosen), weights_only=True)
         pairs = as_images(task.data.poisons.inputs.cpu()), as_images(after)
         title = f"{chosen['attack']}: poisons of {chosen['method']}"
         draw(pairs, labels_of(task), results, task.measure, title, path)
-        print(f"picture: {path}", file=sys.stderr)
+        return True
 
 
 def as_images(inputs: torch.Tensor) -> torch.Tensor:
@@ -185,11 +183,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     experiment = Experiment("poison", options)
     rows, plan = Rows(options, experiment), planned(options)
-    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
-        experiment.perform(part, rows)
-        rows.draw(part, experiment.out / f"{options.attack}.png")
-    print(section(experiment.publish(plan)))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+    experiment.report(by_seed(plan), rows, rows.draw, section, picture=options.attack)
 
 
 if __name__ == "__main__":

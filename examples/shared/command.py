@@ -62,7 +62,8 @@ def add_common(
     add("--budget", type=count, default=budget, help=until)
     add("--device", default="auto", help='"cpu", "cuda", ...; "auto": cuda where there is one')
     add("--threads", type=_threads, default=1, help="torch threads (1)")
-    add("--data-dir", type=Path, help="holds a folder per data set (beside the checkout, or cache)")
+    where = "holds a folder per data set (beside the checkout, or cache)"
+    add("--data-dir", type=folder, help=where)
     add("--out", type=Path, default=Path("results") / name, help=f"folder (results/{name})")
     add("--resume", action="store_true", help="go on with what --out holds, unfinished runs too")
     add("--smoke", action="store_true", help="does it run? one seed, tiny sizes, seconds")
@@ -114,6 +115,16 @@ def count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) < 2**62:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
     return int(text)
+
+
+def folder(text: str) -> Path:
+    """A folder on a command line that is there: of a mistyped one nothing is made."""
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{path} is no folder; make it first if data are to be downloaded into it"
+        )
+    return path
 
 
 def rate(text: str) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .command import device_of, machine
@@ -23,7 +25,8 @@ class Experiment:
     the picture, and ``results.json``: the command, the machine and all runs, from which
     ``python -m examples.results`` writes RESULTS.md.
 
-    Without ``--resume`` a folder that already holds runs is moved aside, never overwritten.
+    Without ``--resume`` a folder that already holds runs is moved aside, never overwritten. While a
+    command works no other may use its folder (a hidden file beside it is locked).
 
     Args:
         name: of the command.
@@ -35,6 +38,7 @@ class Experiment:
         self.device = device_of(options)
         self.out: Path = options.out
         self._begun = False
+        self._lock = FileLock(self.out.absolute().with_name(f".{self.out.absolute().name}.lock"))
         self.record = Record(self.out / "runs.jsonl", fresh=not options.resume)
 
     def perform(self, plan: list[Line], work: Callable[[Line, Run], Line]) -> list[Line]:
@@ -44,15 +48,63 @@ class Experiment:
             plan: what defines each run: "method", "seed" and everything that changes its result.
             work: does one.
         """
-        self._begin()
-        todo = [line for line in plan if line not in self.record]
-        with tqdm(total=len(plan), initial=len(plan) - len(todo), file=sys.stderr) as bar:
-            for line in todo:
-                run = Run(line, self.out, self.device, self.options.resume)
-                bar.set_description(run.name)
-                self.record.add(line, work(line, run))
-                bar.update()
+        with self._alone():
+            self._begin()
+            todo = [line for line in plan if line not in self.record]
+            with tqdm(total=len(plan), initial=len(plan) - len(todo), file=sys.stderr) as bar:
+                for line in todo:
+                    run = Run(line, self.out, self.device, self.options.resume)
+                    bar.set_description(run.name)
+                    self.record.add(line, work(line, run))
+                    bar.update()
         return [self.record[line] for line in plan]
+
+    def report(
+        self,
+        parts: Iterable[list[Line]],
+        work: Callable[[Line, Run], Line],
+        draw: Callable[[Line, Path], object],
+        page: Callable[[Line], str],
+        picture: str | None = None,
+    ) -> None:
+        """Perform, publish and draw one part after the other; print the page of the last.
+
+        So there is something to see before all is done.
+
+        Args:
+            parts: plans, as of ``perform``; each has the runs of those before it.
+            work: as of ``perform``.
+            draw: makes a picture of what ``publish`` returns; False: there is nothing to draw.
+            page: the text of it.
+            picture: name of the picture; default: of the command.
+        """
+        path, content = self.out / f"{picture or self.name}.png", Line()
+        with self._alone():
+            for part in parts:
+                self.perform(part, work)
+                content = self.publish(part)
+                if draw(content, path) is not False:
+                    print(f"picture: {path}", file=sys.stderr)
+        print(page(content))
+        print(f"\n{machine(self.device)}\nresults: {self.results}")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Generator[None]:
+        """No other command uses ``--out`` inside."""
+        try:
+            self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise SystemExit(
+                f"--out {self.out} is in use by another command, which is still at work; name "
+                "another folder, or wait until it has ended"
+            ) from None
+        except OSError as error:
+            raise SystemExit(f"--out {self.out} cannot be written: {error}") from error
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _begin(self) -> None:
         """Now there is something to write: a command that was mistyped leaves old runs alone."""
@@ -88,6 +140,16 @@ class Experiment:
     def results(self) -> Path:
         """Where ``publish`` writes."""
         return self.out / "results.json"
+
+
+def by_seed(plan: list[Line]) -> tuple[list[Line], list[Line]]:
+    """The runs of the first seed, and all."""
+    return [line for line in plan if line["seed"] == plan[0]["seed"]], plan
+
+
+def plan_of(content: Line) -> list[Line]:
+    """The runs that ``publish`` was given."""
+    return [run["run"] for run in content["runs"]]
 
 
 def by_method(runs: list[Line]) -> dict[str, list[Line]]:

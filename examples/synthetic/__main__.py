@@ -31,13 +31,12 @@ with H stand still. The published error of SMD22 and SMD24 leaves that part out.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from examples.shared import command
-from examples.shared.experiment import Experiment
+from examples.shared.experiment import Experiment, by_seed
 from examples.shared.record import Line
 from examples.synthetic.formulation import FORMULAS
 from examples.synthetic.methods import METHODS, perform
@@ -88,14 +87,11 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     experiment, plan = Experiment("synthetic", options), planned(options)
-    picture: Path = experiment.out / "synthetic.png"
-    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
-        experiment.perform(part, perform)
-        content = experiment.publish(part)
-        draw(by_problem(content["runs"]), options.budget, picture)
-        print(f"picture: {picture}", file=sys.stderr)  # something to see after the first seed
-    print(section(content))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+
+    def picture(content: Line, path: Path) -> None:
+        draw(by_problem(content["runs"]), options.budget, path)
+
+    experiment.report(by_seed(plan), perform, picture, section)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ import torch
 from examples.data.mirrors import default_folder
 from examples.data.uci import UCI
 from examples.shared import command
-from examples.shared.experiment import Experiment, by_method
+from examples.shared.experiment import Experiment, by_method, by_seed
 from examples.shared.grid import print_best, settings
 from examples.shared.record import Line
 from examples.shared.run import Run
@@ -209,20 +209,18 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     experiment, plan = Experiment("tune_l2", options), planned(options)
-    work, picture = Work(options, experiment.device), experiment.out / "tune_l2.png"
+    work = Work(options, experiment.device)
     if options.tune:
         experiment.perform(plan, work)
         methods = [name for name in command.methods_of(options, NAMES) if name in METHODS]
         print_best(methods, plan, experiment.record, GRID, by="validation")
         return
-    for part in ([line for line in plan if line["seed"] == plan[0]["seed"]], plan):
-        experiment.perform(part, work)
-        content = experiment.publish(part)
-        title = f"{options.data}: L2 weight per feature, seed {plan[0]['seed']}"
-        if draw(by_method(content["runs"]), title, picture):
-            print(f"picture: {picture}", file=sys.stderr)  # to see after the first seed
-    print(section(content))
-    print(f"\n{command.machine(experiment.device)}\nresults: {experiment.results}")
+    title = f"{options.data}: L2 weight per feature, seed {plan[0]['seed']}"
+
+    def picture(content: Line, path: Path) -> bool:
+        return draw(by_method(content["runs"]), title, path)
+
+    experiment.report(by_seed(plan), work, picture, section)
 
 
 if __name__ == "__main__":

@@ -173,10 +173,17 @@ def make_problem(
     """Split: of newsgroups ``posts`` training posts, halved, and its test posts; UCI in thirds.
 
     UCI columns are scaled to mean 0 and variance 1 on the training rows; a column of ones follows.
+
+    Raises:
+        SystemExit: there are fewer words or posts.
     """
     generator = np.random.default_rng(seed)
     if data == "newsgroups":
         rows, labels, test_rows, test_labels = _newsgroups(folder, features)
+        there = {"features": (features, rows.shape[1]), "posts": (posts, len(labels))}
+        for name, (asked, most) in there.items():
+            if asked > most:
+                raise SystemExit(f"--{name} must be at most {most}, as many there are, got {asked}")
         first, second = np.array_split(generator.permutation(len(labels))[:posts], 2)
         test = Rows(test_rows, test_labels, dtype, device)
     else:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 from small_runs import ran, run_of
+from tiny_data import write_tar
 
+from examples.data.newsgroups import ARCHIVE
 from examples.equilibrium_mnist import __main__ as equilibrium_mnist
 from examples.shared import run as shared_run
 from examples.shared.run import Run
@@ -212,6 +214,26 @@ def test_tune_l2_leaves_all_that_it_promises(tmp_path, monkeypatch, capsys):
     assert found["one_weight"]["validation"] < found["no_l2"]["validation"]
     path = found["penalty"]["path"]
     assert path[-1]["resolved"] == found["penalty"]["validation"] < path[0]["resolved"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "most"), [("features", "6, as many"), ("posts", "4, as many there are, got 400")]
+)
+def test_more_words_or_posts_than_there_are_is_an_error(flag, most, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "20newsgroups"
+    folder.mkdir(parents=True)
+    words = ["alpha bravo", "charlie delta", "echo foxtrot", "alpha echo"]
+    parts = (("train", words), ("test", words[:2]))
+    members = {
+        f"20news-bydate-{part}/group.{n % 2}/{n}": text.encode()
+        for part, texts in parts
+        for n, text in enumerate(texts)
+    }
+    write_tar(folder / ARCHIVE, members)
+    sizes = {"features": 6, "posts": 4} | {flag: 400}
+    l2.make_problem("newsgroups", 0, folder, 6, 4)
+    with pytest.raises(SystemExit, match=f"--{flag} must be at most {most}"):
+        l2.make_problem("newsgroups", 0, folder, **sizes)
 
 
 def test_knobs_are_tuned_on_a_seed_of_their_own(tmp_path, monkeypatch, capsys):

@@ -1,26 +1,20 @@
-"""What all examples share: flags, runs that go on where they were stopped, files of results."""
+"""What all examples share: runs that go on where they were stopped, files of results."""
 
-import argparse
 import json
 
 import pytest
 import torch
+from small_runs import parsed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.results import __main__ as results
-from examples.shared import command, run
-from examples.shared.experiment import Experiment, by_method
+from examples.shared import run
+from examples.shared.experiment import Experiment, by_method, by_seed, plan_of
 from examples.shared.record import place_of
 from examples.shared.run import Run
 
 LINE = {"method": "a method", "seed": 3}
 CPU = torch.device("cpu")
-
-
-def parsed(*words):
-    parser = argparse.ArgumentParser(prog="python -m examples.sample")
-    command.add_common(parser, ("one", "two", "three"), ("one", "two"), 50, "steps", 4)
-    return parser.parse_args(words)
 
 
 class Stopped(Exception):
@@ -223,56 +217,53 @@ class TestExperiment:
         with pytest.raises(SystemExit, match=r"--out .*file cannot be written"):
             self.perform(Experiment("sample", parsed("--out", str(tmp_path / "file"))), [])
 
+    def test_one_command_at_a_time_uses_a_folder(self, tmp_path):
+        out, told = tmp_path / "out", []
+
+        def work(line, goes):
+            for flags in ([], ["--resume"]):
+                other = Experiment("sample", parsed("--out", str(out), *flags))
+                with pytest.raises(SystemExit, match=r"--out .*out is in use by another command"):
+                    other.perform(self.plan(5), work)
+            told.append(line)
+            return {}
+
+        def draw(content, path):
+            with pytest.raises(SystemExit, match="in use"):  # also between parts
+                self.perform(Experiment("sample", parsed("--out", str(out))), self.plan(5))
+            return False
+
+        first = Experiment("sample", parsed("--out", str(out)))
+        first.report(by_seed(self.plan(0, 1)), work, draw, lambda content: "")
+        assert told == self.plan(0, 1)
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
+        assert self.perform(Experiment("sample", parsed("--out", str(out))), self.plan(5))[1]
+
+    def test_the_page_and_the_picture_of_every_part(self, tmp_path, capsys):
+        seen = []
+
+        def draw(content, path):
+            seen.append((plan_of(content), path.name))
+            return len(seen) == 2
+
+        def work(line, goes):
+            return {"value": line["seed"]}
+
+        options = parsed("--out", str(tmp_path / "out"))
+        plan = self.plan(3, 4)
+        Experiment("sample", options).report(
+            by_seed(plan), work, draw, lambda content: f"page of {len(content['runs'])}", "drawn"
+        )
+        assert seen == [(plan[:2], "drawn.png"), (plan, "drawn.png")]
+        told = capsys.readouterr()
+        assert told.err.count("picture: ") == 1
+        assert told.out.startswith("page of 4\n\ntorch ")
+        assert told.out.endswith(f"results: {tmp_path / 'out' / 'results.json'}\n")
+
     def test_files_of_a_run_have_a_name_of_their_own(self):
         lines = [LINE, LINE | {"noise": 0.1}, LINE | {"seed": 4}]
         assert len({place_of(line) for line in lines}) == 3
         assert place_of(LINE) == place_of(dict(reversed(LINE.items())))
-
-
-class TestFlags:
-    @pytest.mark.parametrize(
-        ("flag", "value", "told"),
-        [
-            ("--budget", "nan", "whole number, at least 1, got nan"),
-            ("--first-seed", "-1", "whole number, at least 0, got -1"),
-            ("--first-seed", "99999999999999999999", "whole number"),
-            ("--threads", "100000", "the processors here"),
-        ],
-    )
-    def test_values_that_cannot_be_are_named(self, capsys, flag, value, told):
-        with pytest.raises(SystemExit):
-            parsed(flag, value)
-        assert told in capsys.readouterr().err
-
-    @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
-    def test_a_rate_is_finite_and_above_zero(self, value):
-        assert command.rate("1e-3") == 1e-3
-        with pytest.raises(argparse.ArgumentTypeError, match=f"above 0, got {value}"):
-            command.rate(value)
-
-    def test_what_is_asked_for(self):
-        names = ("one", "two", "three")
-        assert command.methods_of(parsed(), names) == ["one", "two"]
-        assert command.methods_of(parsed("--method", "all"), names) == list(names)
-        assert command.methods_of(parsed("--method", "three", "one"), names) == ["one", "three"]
-        assert command.seeds_of(parsed("--first-seed", "7")) == range(7, 11)
-        assert command.seeds_of(parsed("--smoke")) == range(1)
-        assert str(parsed().out) == "results/sample"
-
-    @pytest.mark.parametrize("flag", ["--seeds", "--budget", "--threads"])
-    def test_counts_are_positive(self, flag, capsys):
-        with pytest.raises(SystemExit):
-            parsed(flag, "0")
-        assert "at least 1, got 0" in capsys.readouterr().err
-
-    def test_a_device_that_is_not_there(self):
-        assert command.device_of(parsed("--device", "cpu")) == CPU
-        with pytest.raises(SystemExit, match="--device abacus cannot be used here"):
-            command.device_of(parsed("--device", "abacus"))
-
-    def test_the_machine_in_a_line(self):
-        assert command.machine().startswith(f"torch {torch.__version__}, Python 3.")
-        assert command.machine().endswith("thread" + "s" * (torch.get_num_threads() > 1))
 
 
 class TestPage:

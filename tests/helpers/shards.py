@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_penalty_bilevel import (
     FiniteDifference,
+    FixedPoint,
     HypergradientOptimizer,
     PenaltyBilevelOptimizer,
 )
@@ -118,6 +119,9 @@ def refusals(rank, world):
         "decay": said(lower=decayed, lower_lr=None),
         "upper": said(upper=v, lower=u),
         "auto": said(),
+        "map": said(penalty="fixed_point"),
+        "map's object": said(penalty=FixedPoint(), curvature="finite_difference"),
+        "map of cg": tried(lambda: cg_over(shard, lower_is_map=True, curvature="auto")),
         "check": tried(lambda: shard.optimizer.check_hypergradient(shard.f, shard.g)),
     }
     shard.samples.grad = torch.ones(SAMPLES)
@@ -126,15 +130,50 @@ def refusals(rank, world):
     return found
 
 
-def hypergradients(rank, world):
-    """Conjugate gradients over shards, from warm starts."""
-    shard = Sharded("stationarity", rank, world)
-    rules = {"lower_lr": 0.02, "upper_lr": 0.05, "curvature": FiniteDifference()}
-    rules |= {"reduce": "mean"} if world > 1 else {}
-    shard.optimizer = HypergradientOptimizer(
+def cg_over(shard, **options):
+    """Conjugate gradients over shards."""
+    rules = {"lower_lr": 0.02, "upper_lr": 0.05, "curvature": FiniteDifference()} | options
+    rules |= {"reduce": "mean"} if shard.world > 1 else {}
+    return HypergradientOptimizer(
         [shard.samples], shard.net.parameters(), damping=0.5, inner_iterations=3, **rules
     )
+
+
+def hypergradients(rank, world):
+    """From warm starts."""
+    shard = Sharded("stationarity", rank, world)
+    shard.optimizer = cg_over(shard)
     return shard.steps(0, 6).point()
+
+
+def moved_after_a_forward_pass(rank, world):
+    """Shards that move while the module still holds what a pass without backward gathered."""
+    found = {}
+    shard = Sharded("stationarity", rank, world)
+    shard.optimizer = cg_over(shard, warm_start=False, lower_steps=2)
+    for step in range(3):
+        shard.steps(step, step + 1)
+        with torch.no_grad():  # a look at the validation loss; then v begins anew
+            shard.f()
+    found["begun anew"] = shard.point()
+
+    shard = Sharded("stationarity", rank, world)
+    shard.optimizer.lower_steps = 3
+    shard.steps(0, 1)
+    calls = []
+
+    def fails_second():
+        calls.append(shard.f())
+        return calls[-1] if len(calls) < 2 else [][0]
+
+    for _ in range(2):  # v is put back where it was, after a pass at where it had come to
+        calls.clear()
+        try:
+            shard.optimizer.step(fails_second, shard.g)
+        except IndexError:
+            shard.steps(1, 2)
+    found["put back"] = shard.point()
+    return found
 
 
 def saved(rank, world, folder, kind):

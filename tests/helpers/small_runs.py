@@ -1,11 +1,20 @@
 """Examples run for a few steps, and what they must leave."""
 
+import argparse
 import json
 import sys
 
 import torch
 
+from examples.shared import command
 from examples.shared.run import Run
+
+
+def parsed(*words):
+    """The flags that all examples share, of a command with three methods."""
+    parser = argparse.ArgumentParser(prog="python -m examples.sample")
+    command.add_common(parser, ("one", "two", "three"), ("one", "two"), 50, "steps", 4)
+    return parser.parse_args(words)
 
 
 def run_of(method, folder):

@@ -46,6 +46,15 @@ def test_conjugate_gradients_over_shards(of_two):
         close(each["cg"], alone, 1e-9)  # products of products of differences
 
 
+def test_shards_are_gathered_where_they_have_moved_to(folder):
+    """Not where a forward pass without a backward one last saw them."""
+    what = shards.moved_after_a_forward_pass
+    alone = what(0, 1)
+    for each in on_processes(2, folder / "moved", what, patience=60):
+        for case, point in alone.items():
+            close(each[case], point, 1e-9)
+
+
 def test_what_shards_cannot_do_is_said(of_two):
     words = {
         "double_backward": 'use "finite_difference" or "auto"',
@@ -57,6 +66,7 @@ def test_what_shards_cannot_do_is_said(of_two):
         "check": "that is not sharded",
         "auto": "fine",
     }
+    words |= dict.fromkeys(("map", "map's object", "map of cg"), "keep v out of fully_shard")
     for each in of_two:
         for name, word in words.items():
             assert word in each["refusals"][name], name

@@ -77,11 +77,11 @@ def test_the_engine_is_one_for_all(seen):
 
 
 def test_an_evaluation_sends_one_message(seen):
-    """r, H q, grad_v f; the upper gradient; two losses, who uses what, and the ballot."""
+    """r, H q, grad_v f; the upper gradient; two losses, who uses what, the ballot; then the end."""
     n = 26
     for each in seen["other_troubles"]:
         assert each["numbers"] == n
-        assert each["sent"] == [3 * n + 13 + 2 + 2 + 2]
+        assert each["sent"] == [3 * n + 13 + 2 + 2 + 2, 1]
 
 
 def test_ranks_decide_as_one_process_would(seen):

@@ -69,9 +69,14 @@ class Curvature:
         """``loss`` linearised at ``at``; ``reusable`` allows several products."""
         raise NotImplementedError
 
-    def attempt(self, check: Callable[[], None]) -> None:
-        """``check()``; of several workers one may raise there alone, which is held back."""
-        check()
+    def attempt(self, act: Callable[[], None], between: Tensor | None = None) -> None:
+        """``act()``; of several workers one may raise there alone, which is held back.
+
+        Args:
+            act: what may fail.
+            between: a lower parameter; if sharded, all hear of a failure before they gather again.
+        """
+        act()
 
     def point(self, at: Pair) -> Pair:
         """``at`` as ``loss`` wants it; what is returned moves with it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.optim import Optimizer
 
@@ -37,7 +39,7 @@ def take_lower_steps(problem: LocalProblem, rule: Optimizer, steps: int, kept: i
         gradients = clones(residual) if left <= kept else residual
         silent = zip(gradients, problem.silent, strict=True)
         give(rule, [None if is_silent else gradient for gradient, is_silent in silent])
-        step_without_decay(rule)
+        problem.engine.attempt(partial(step_without_decay, rule), between=lower[0])
         if left <= kept:
             visits[-1].check_step(lower, residual)
     return visits

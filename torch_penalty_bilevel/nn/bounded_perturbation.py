@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..constraints import Ball, Box, BoxAndBall
+from . import checked
 
 
 class BoundedPerturbation(nn.Module):
@@ -90,10 +91,21 @@ class BoundedPerturbation(nn.Module):
         self.constraint.project(self.delta.detach())  # raises what is wrong with the rest
 
     def forward(self, index: Tensor | None = None) -> Tensor:
-        """The sum, or that of the rows with these numbers."""
+        """The sum, or that of the rows with these numbers.
+
+        Args:
+            index: integers in [0, n) of any shape.
+
+        Raises:
+            TypeError: an index that is not made of integers, a mask, say.
+            IndexError: integers outside of [0, n). On an accelerator its own assertion.
+        """
         if index is None:
             return self.inputs + self.delta
-        return self.inputs[index] + self.delta[index]
+        count = len(self.inputs)
+        index = checked.numbers(index, count, self.inputs.device)
+        with checked.within(count, "rows"):
+            return self.inputs[index] + self.delta[index]
 
     @property
     def constraint(self) -> Box | Ball | BoxAndBall:

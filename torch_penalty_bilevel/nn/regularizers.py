@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked_number
+from . import checked
 
 Term: TypeAlias = Callable[[tuple[Tensor, ...]], Tensor]
 """Of the tensors to be regularised, 0-d; differentiable twice."""
@@ -105,7 +106,9 @@ class Regularizers(nn.Module):
         must, remedy = "be a finite number > 0", "on the log scale no step leads away from 0"
         initial = checked_number("initial", initial, must, remedy)
         self.log_strengths = nn.Parameter(
-            torch.full((len(given),), math.log(initial), dtype=dtype, device=device)
+            torch.full(
+                (len(given),), math.log(initial), dtype=checked.floating(dtype), device=device
+            )
         )
         check_strength(initial, self.log_strengths)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, is_number
+from . import checked
 
 
 class SampleWeights(nn.Module):
@@ -63,9 +62,7 @@ class SampleWeights(nn.Module):
     ) -> None:
         super().__init__()
         check_count("count", count, at_least=1)
-        dtype = dtype or torch.get_default_dtype()
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        dtype = checked.floating(dtype)
         if not is_number(initial) and not isinstance(initial, Tensor):
             raise TypeError(f"initial must be a number or a tensor, got {initial!r}")
         weights = torch.as_tensor(initial).detach().to(device, torch.float64)
@@ -141,21 +138,11 @@ class SampleWeights(nn.Module):
         if index is None:
             return self.logits.sigmoid()
         count = len(self.logits)
-        index = _integers(index).to(self.logits.device)
-        # One past the end for negative numbers, which would count from there: torch refuses that
-        # without a wait for the accelerator.
-        index = torch.where(index < 0, count, index)
-        try:
+        index = checked.numbers(index, count, self.logits.device)
+        with checked.within(count, "samples"):
             if not self.sparse:
                 return self.logits[index].sigmoid()
             logits = torch.gather(self.logits, 0, index.reshape(-1), sparse_grad=True)
-        except (IndexError, RuntimeError) as error:
-            if "out of bounds" not in str(error):
-                raise
-            raise IndexError(
-                f"index must lie in [0, {count}), the numbers of the samples (negative ones do not "
-                "count from the end), got others"
-            ) from error
         return logits.reshape(index.shape).sigmoid()
 
     def weighted_mean(
@@ -207,19 +194,6 @@ class SampleWeights(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{len(self.logits)}, sparse={self.sparse}"
-
-
-def _integers(index: Any) -> Tensor:
-    try:
-        index = torch.as_tensor(index)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"index must be a tensor of integers, got {index!r}") from None
-    if index.is_floating_point() or index.dtype in (torch.bool, torch.uint8):
-        raise TypeError(
-            f"index must be a tensor of integers, got {index.dtype}; of a mask give "
-            "mask.nonzero().squeeze(1)"
-        )
-    return index.long()
 
 
 def _largest(scores: Tensor) -> Tensor:

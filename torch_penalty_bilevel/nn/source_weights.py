@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, is_number
+from . import checked
 
 _NEWTON = 32
 """Steps at most: the distance to a root near the uniform distribution halves, elsewhere it
@@ -40,7 +41,7 @@ class SourceWeights(nn.Module):
         ``logits``, ``forward()``: (K,); ``forward(index)``: as index.
 
     Raises:
-        ValueError: of a bad argument, naming it.
+        ValueError, TypeError: of a bad argument, naming it.
 
     Example:
         >>> weights = SourceWeights(3, entropy_floor=0.5)
@@ -68,13 +69,24 @@ class SourceWeights(nn.Module):
                 f"{entropy_floor!r}; at log(count) only equal weights are left"
             )
         self.entropy_floor = float(entropy_floor)
-        self.logits = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
+        self.logits = nn.Parameter(torch.zeros(count, dtype=checked.floating(dtype), device=device))
 
     def forward(self, index: Tensor | None = None) -> Tensor:
-        """w, or the weights of the sources with these numbers (one for each sample, say)."""
+        """w, or the weights of the sources with these numbers (one for each sample, say).
+
+        Args:
+            index: integers in [0, K) of any shape.
+
+        Raises:
+            TypeError: an index that is not made of integers, a mask, say.
+            IndexError: integers outside of [0, K). On an accelerator its own assertion.
+        """
         p = self.logits.softmax(0)
         weights = self._mixed(p) if self.entropy_floor else p
-        return weights if index is None else weights[index]
+        if index is None:
+            return weights
+        with checked.within(len(p), "sources"):
+            return weights[checked.numbers(index, len(p), p.device)]
 
     def _mixed(self, p: Tensor) -> Tensor:
         """P with the least share of the uniform distribution."""

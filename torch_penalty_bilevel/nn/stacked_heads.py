@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count, checked_number
+from . import checked
 
 
 class StackedHeads(nn.Module):
@@ -40,7 +41,7 @@ class StackedHeads(nn.Module):
         ``forward``: (T, n, in) to (T, n, out).
 
     Raises:
-        ValueError: of a bad argument or inputs of another shape.
+        ValueError, TypeError: of a bad argument or inputs of another shape.
 
     Example:
         >>> heads = StackedHeads(tasks=3, in_features=8, out_features=5)
@@ -76,6 +77,7 @@ class StackedHeads(nn.Module):
             raise ValueError(
                 "cosine=True needs bias=True: b_k is an entry of the lengthened weight"
             )
+        dtype = checked.floating(dtype)
         self.cosine, self.scale, self.augmentation = bool(cosine), scale, augmentation
         self.weight = nn.Parameter(
             torch.empty(tasks, out_features, in_features, dtype=dtype, device=device)

@@ -174,7 +174,8 @@ class HypergradientOptimizer(RemembersAdjoint):
         self.warm_start = warm_start
         self.lower_is_map = checked_truth("lower_is_map", lower_is_map)
         engine = engines.resolve(curvature)
-        self.curvature = sharded.served(engine, self.upper, self.lower, self._workers, None)
+        parts = self.upper, self.lower, self._workers, None, self.lower_is_map
+        self.curvature = sharded.served(engine, *parts)
         own_parts.check_engine(self.curvature)
         self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._restriction = upper_projection(upper_constraint, self.upper)

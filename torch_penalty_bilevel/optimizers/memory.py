@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal, TypeAlias
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .. import levels
 from ..checks.suspicions import DependenceWatch, raise_unused
@@ -18,6 +19,8 @@ from ..undo.buffers import BufferGuard
 from ..undo.transaction import all_or_nothing
 from ..workers import Workers, resolve
 from .two_level import Here, TwoLevelOptimizer
+
+OptimizerPreHook: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
 class TwoLevelMemory(TwoLevelOptimizer):
@@ -36,6 +39,14 @@ class TwoLevelMemory(TwoLevelOptimizer):
     @reduce.setter
     def reduce(self, mean: Literal["mean"] | Reduce | None) -> None:
         self._workers = Workers(resolve(mean, None))
+
+    def register_step_pre_hook(self, hook: OptimizerPreHook) -> RemovableHandle:
+        """As of any optimizer; what it raises on one worker ends the step on all of them."""
+
+        def held(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            return self._workers.before_step(lambda: hook(optimizer, args, kwargs))
+
+        return super().register_step_pre_hook(held)
 
     def _shared(self, engine: Curvature) -> tuple[Curvature, Reduce]:
         """``engine`` and the average, so that workers fail together."""
@@ -149,6 +160,7 @@ class TwoLevelMemory(TwoLevelOptimizer):
         try:
             undone = all_or_nothing(rules, self._devices(), self._scope)
             with undone as guard, self._workers.agreeing(self.curvature):
+                self._workers.meet(levels.parameters(self.lower)[0])
                 yield guard
         except BaseException:
             if self._workers.is_shared:  # where it failed it was not looked at

@@ -159,9 +159,8 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         self.lower_steps = lower_steps
         self.certificate_tolerance = certificate_tolerance
         self.max_lower_steps = max_lower_steps
-        engine = engines.resolve(curvature, weighs_costs=True)
-        parts = self.upper, self.lower, self._workers, lower_constraint
-        self.curvature = sharded.served(engine, *parts)
+        parts = self.upper, self.lower, self._workers, lower_constraint, penalties.is_map(penalty)
+        self.curvature = sharded.served(engines.resolve(curvature, weighs_costs=True), *parts)
         self.penalty = penalties.resolve(penalty, self.curvature)
         self.allow_unused = checked_truth("allow_unused", allow_unused)
         self._sets = ConstrainedLevels(upper_constraint, lower_constraint, self.upper, self.lower)
@@ -302,10 +301,17 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
         left = self._most_lower_steps()
         while True:
             serves = left == 1 or (waits and bool(self._counts["certified"]))
-            seen = self._move_lower(self._evaluate(losses, for_upper=shared and serves))
+            seen = self._move_lower_together([self._evaluate(losses, for_upper=shared and serves)])
             left -= 1
             if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
                 return seen
+
+    def _move_lower_together(self, held: list[Seen]) -> Seen:
+        """``_move_lower`` of the one in ``held``, which is emptied; one worker may raise alone."""
+        rest = held[0]._replace(evaluation=self.penalty.rule.left_for_upper(held[0].evaluation))
+        seen = self._workers.attempt(lambda: self._move_lower(held.pop()), lambda: rest)
+        self._workers.meet(rest.here.lower[0])
+        return seen
 
     def _move_lower(self, seen: Seen) -> Seen:
         """Returns what is left for u: what v alone needs is let go before its rule takes memory."""

@@ -13,7 +13,12 @@ from ..workers import Workers
 
 
 def served(
-    engine: Curvature, upper: Optimizer, lower: Optimizer, workers: Workers, constraint: Any
+    engine: Curvature,
+    upper: Optimizer,
+    lower: Optimizer,
+    workers: Workers,
+    constraint: Any,
+    lower_is_map: bool,
 ) -> Curvature:
     """The engine for these levels: of sharded ones finite differences, for ``"auto"`` too.
 
@@ -30,6 +35,12 @@ def served(
         )
     if not any(map(is_sharded, parameters(lower))):
         return engine
+    if lower_is_map:
+        raise ValueError(
+            "a lower level given as a map needs products with a transposed Jacobian, which no "
+            "engine forms of sharded parameters; keep v out of fully_shard: plain modules or "
+            'DistributedDataParallel share the problem, with reduce="mean"'
+        )
     if not isinstance(engine, (Automatic, FiniteDifference)):
         raise ValueError(
             f'curvature="{engine.name}" cannot serve sharded lower parameters, whose gradients '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..arguments import chosen
 from ..curvature import Curvature, MapCurvature
@@ -23,6 +24,7 @@ _BY_NAME: dict[str, Callable[[], Penalty]] = {
     "fixed_point": FixedPoint,
 }
 
+
 _ASKED = ("name", "lower_is_map", "takes_lower_constraints", "rule")
 
 
@@ -42,3 +44,8 @@ def resolve(penalty: str | Penalty, curvature: Curvature) -> Penalty:
     if formulation.lower_is_map and not isinstance(curvature, MapCurvature):
         raise ValueError(refusal(curvature))
     return formulation
+
+
+def is_map(penalty: Any) -> bool:
+    """Would the lower level be a map, under what a user gave as ``penalty``?"""
+    return bool(penalty == FixedPoint.name or getattr(penalty, "lower_is_map", False))

@@ -3,7 +3,8 @@
 What a closure, a backward pass or a check raises on one worker is held, and that worker goes on
 through the same averages as the others, with NaN in all that it contributes. So all of them come
 to the same end, where the one raises what it held and the others ``WorkerError``. No message is
-sent for this: each average carries two numbers more, which are read when the step is over.
+sent for this: each average carries two numbers more, which are read when the step is over. What
+comes after the last average, the rules' own steps and their hooks, has a message of one number.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Workers:
     def __init__(self, mean: Reduce) -> None:
         self.mean = mean
         self._failure: Exception | None = None
+        self._early: Exception | None = None
+        """What a hook before the step raised."""
         self._ballot: Tensor | None = None
         """Shares of workers that hold a failure, and that take differences, at the last average."""
         self._engine: Curvature | None = None
@@ -74,6 +77,25 @@ class Workers:
             except Exception as error:
                 self._failure = error
         return otherwise()
+
+    def meet(self, like: Tensor) -> None:
+        """Let no worker enter a forward pass that gathers what is sharded as ``like`` without all.
+
+        Raises:
+            WorkerError: another worker holds a failure; or what this one holds.
+        """
+        if is_sharded(like):
+            self.agreed((), like)
+
+    def before_step(self, hook: Callable[[], T]) -> T | None:
+        """``hook()``; what it raises is held until the step, which then ends on all workers."""
+        if not self.is_shared:
+            return hook()
+        try:
+            return hook()
+        except Exception as error:
+            self._early = error
+        return None
 
     def agreed(self, flags: Sequence[bool], like: Tensor) -> list[bool]:
         """Which of them some worker raises, like a hand; waits for all of them.
@@ -126,13 +148,16 @@ class Workers:
             self._is_warned = self._is_warned or warn_of_strangers()
             yield
             return
-        self._failure, self._ballot, self._engine = None, None, curvature
+        self._failure, self._early, self._ballot = self._early, None, None
+        self._engine = curvature
         raised: Exception | None = None
         try:
             try:
                 yield
             except Exception as error:
                 raised = error
+            if self._share(0) == 0:
+                self._hear_of_the_end(self._failure or raised)
             self._raise_held()
             if raised is not None:
                 raise raised
@@ -152,6 +177,18 @@ class Workers:
         """Go over to differences if an engine that chooses did so on another worker."""
         if self._share(1) > 0 and engine.falls_back and not _differs(engine):
             engine.refute(DoubleBackwardError("another worker had to"))
+
+    def _hear_of_the_end(self, raised: Exception | None) -> None:
+        """After the last average: has anything been raised since, and only elsewhere?"""
+        if self._ballot is None:  # all that was raised was raised before the first one
+            return
+        failed = torch.full_like(self._ballot[:1], float(raised is not None))
+        if self.mean((failed,))[0].item() > 0 and raised is None:
+            raise WorkerError(
+                "another worker failed in the step of one of its rules, or in a hook of it, and "
+                "says why in its own output; the parameters may not be the same on all workers "
+                "now: load a checkpoint on each, or broadcast those of rank 0"
+            )
 
     def _raise_held(self) -> None:
         if self._failure is not None:
@@ -182,9 +219,11 @@ class _Held:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def attempt(self, check: Callable[[], None]) -> None:
+    def attempt(self, act: Callable[[], None], between: Tensor | None = None) -> None:
         """As of any engine."""
-        self._workers.attempt(check, lambda: None)
+        self._workers.attempt(act, lambda: None)
+        if between is not None:
+            self._workers.meet(between)
 
     def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
         """As of any engine."""
