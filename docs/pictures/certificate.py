@@ -29,9 +29,7 @@ def run(steps: int = 150) -> list[tuple[float, float, float]]:
     )
     seen = []
     for _ in range(steps):
-        optimizer.step(
-            lambda: (v - wish).square().sum() / 2, lambda: v @ H @ v / 2 - v @ (A @ u)
-        )
+        optimizer.step(lambda: (v - wish).square().sum() / 2, lambda: v @ H @ v / 2 - v @ (A @ u))
         metrics = optimizer.metrics
         error = (u.grad - exact).norm() / exact.norm()
         bound = gain * metrics.adjoint_residual_norm / exact.norm()

@@ -41,7 +41,7 @@ def way(share: float, steps: int = 400) -> torch.Tensor:
 
 
 def in_hand_and_solved(setting: str, seed: int) -> tuple[float, float]:
-    """f where ``step`` left v, and where L-BFGS ends from there."""
+    """The upper loss where ``step`` left v, and where L-BFGS ends from there."""
     upper_lr, steps, share = SETTINGS[setting]
     torch.manual_seed(seed)
     x, y = (torch.tensor(a).float() for a in load_breast_cancer(return_X_y=True))
