@@ -32,7 +32,7 @@ _LOOK = """() => ({
     wide: [...document.querySelectorAll('article *')].filter(e => {
         if (e.getBoundingClientRect().right <= window.innerWidth + 1) return false;
         for (let p = e.parentElement; p; p = p.parentElement)
-            if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+            if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return false;
         return true;
     }).map(e => e.tagName + '.' + e.className).slice(0, 3),
     blank: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),
