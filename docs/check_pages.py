@@ -82,13 +82,18 @@ class Look:
         self.tab = chromium.new_context(viewport=size).new_page()
         self.tab.on("console", lambda m: m.type in _BAD and self.say(f"console: {m.text}"))
         self.tab.on("pageerror", lambda error: self.say(f"script: {error}"))
-        self.tab.on("requestfailed", lambda r: self.say(f"no answer from {r.url}"))
+        self.tab.on("requestfailed", self._failed)
         self.tab.on("response", lambda r: r.status >= 400 and self.say(f"{r.status} from {r.url}"))
         self.tab.on("request", lambda r: self._asked(r.url))
 
     def say(self, what: str) -> None:
         """Note a complaint about the page in view."""
         self.found.append(f"{self.where} ({self.screen}): {what}")
+
+    def _failed(self, request: Any) -> None:
+        # The icon may still be on its way when the next page is opened, which cancels it.
+        if request.failure != "net::ERR_ABORTED":
+            self.say(f"no answer from {request.url}: {request.failure}")
 
     def _asked(self, url: str) -> None:
         if not url.startswith((self.address, "data:", "blob:")):

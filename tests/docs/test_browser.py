@@ -27,6 +27,7 @@ BAD = {
     "missing": ("<img src='none.png'>", "404 from "),
     "blank": ("<img src='none.png'>", "none.png did not load"),
     "abroad": ("<img src='http://192.0.2.1/x.png'>", "asks http://192.0.2.1/x.png"),
+    "silent": ("<img src='http://127.0.0.1:1/x.png'>", "no answer from http://127.0.0.1:1/x.png"),
     "wide": ("<article><p style='width: 500px'>x</p></article>", "wide, the screen 390"),
     "flat": ("<math></math>", "formulas have no width"),
 }

@@ -46,3 +46,25 @@ def test_no_docstring_shows_markup_that_failed(folder):
         text = page.read_text()
         assert "system-message" not in text, page.name
         assert not re.search(r"(?<!`)``\w", re.sub(r"<pre>.*?</pre>", "", text, flags=re.S)), page
+
+
+def test_broken_and_outside_links_are_seen(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.html").write_text(
+        "<h1 id=here></h1><a href=sub/b.html></a><a href=sub/b.html#no></a><a href='#here'></a>"
+        "<a href=none.html></a><img src=none.png?v=1><a href=../out.html></a>"
+        "<a href=https://example.org/x#y></a><script src=https://example.org/s.js></script>"
+    )
+    (tmp_path / "sub" / "b.html").write_text("<a href=../a.html#here>")
+    (tmp_path.parent / "out.html").touch()
+    found = site_pages.read(tmp_path)
+    assert sorted(site_pages.broken(found, tmp_path)) == [
+        "a.html: ../out.html",
+        "a.html: none.html",
+        "a.html: none.png?v=1",
+        "a.html: sub/b.html#no",
+    ]
+    assert site_pages.outside(found) == {
+        "followed": {"https://example.org/x"},
+        "loaded": {"https://example.org/s.js"},
+    }
