@@ -68,3 +68,11 @@ def test_broken_and_outside_links_are_seen(tmp_path):
         "followed": {"https://example.org/x"},
         "loaded": {"https://example.org/s.js"},
     }
+
+
+def test_commands_of_the_gallery_are_those_of_the_tables():
+    results = (ROOT / "examples" / "RESULTS.md").read_text()
+    for part in (ROOT / "docs" / "gallery.md").read_text().split("\n## ")[1:]:
+        command = re.search(r"^```bash\n(.*)\n```", part, re.MULTILINE)
+        if command and (table := re.search(r"\[Table\]\(results.md#(.*?)\)", part)):
+            assert f"## {table[1]}\n\n`{command[1]}`\n" in results, part.splitlines()[0]
