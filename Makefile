@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test stress mutations lint suite rates profiles bench bench-report dist release-check clean
+.PHONY: help demo test stress mutations lint suite rates profiles bench bench-report docs docs-links
+.PHONY: docs-look docs-pictures notebooks dist release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -22,7 +23,11 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
-	$(PIP) --editable '.[examples,test,trainers,bench]'
+	$(PIP) --editable '.[examples,test,trainers,bench,docs]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable '.[examples,docs]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.test
@@ -74,5 +79,20 @@ dist: $(VENV)/.dev  ## wheel and sdist in dist/, looked at by twine and check-wh
 release-check: dist  ## the wheel alone in a new environment: README's blocks and examples run
 	tests/release/check_release.sh dist
 
+docs: $(VENV)/.docs  ## build the documentation into docs/_build/html; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
+docs-links: $(VENV)/.docs  ## ask every external link of the documentation; needs a network
+	$(RUN) -m sphinx -W -q -b linkcheck docs docs/_build/links
+
+docs-look: docs  ## every page in headless Chromium at two widths; screenshots in docs/_build/looks
+	$(RUN) docs/check_pages.py --pictures docs/_build/looks
+
+docs-pictures: $(VENV)/.docs  ## draw the pictures of docs/concepts anew
+	$(RUN) -m docs.pictures
+
+notebooks: $(VENV)/.docs  ## run docs/notebooks and keep their outputs
+	$(RUN) docs/notebooks/run.py
+
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
+	rm -rf $(VENV) dist docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage

@@ -1,6 +1,6 @@
 """How fast the multiplier solves an adjoint equation that stands still.
 
-    python -m benchmarks.adjoint               # the table of docs/multiplier.md
+    python -m benchmarks.adjoint               # the table of docs/concepts/multiplier.md
     python -m benchmarks.adjoint --products 5 --seeds 1
 
 H has 30 eigenvalues from 1 to kappa on a logarithmic scale, in a random basis; v does not move, and

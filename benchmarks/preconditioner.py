@@ -1,6 +1,6 @@
 """What a diagonal preconditioner of the multiplier earns, on two problems with scales of their own.
 
-    python -m benchmarks.preconditioner --data DIR  # the tables of docs/multiplier.md
+    python -m benchmarks.preconditioner --data DIR  # the tables of docs/concepts/multiplier.md
     python -m benchmarks.preconditioner --data DIR --waiting
     python -m benchmarks.preconditioner --problems digits --steps 30
 
