@@ -33,7 +33,7 @@ optimizer = PenaltyBilevelOptimizer(
 
 mine = slice(rank, 200, world)  # parts of equal size
 clean = slice(200 + rank, 240, world)
-for _ in range(150):
+for _ in range(60):
     optimizer.step(
         lambda: cross_entropy(model(x[clean]), y[clean]),
         lambda: (
