@@ -30,7 +30,9 @@ def _calls(tree: ast.AST) -> list[ast.Call]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
         if name == "warn" or name in ERRORS:
             found.append(node)
     return found
