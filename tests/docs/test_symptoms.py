@@ -21,7 +21,7 @@ def page():
     return squeezed(PAGE.read_text())
 
 
-@pytest.mark.parametrize("place, text", said.messages().items(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("place", "text"), said.messages().items(), ids=lambda v: str(v)[:40])
 def test_every_error_and_warning_is_on_the_page(page, place, text):
     if place.split(":")[0] in PARTS and len(text) < 5:
         pytest.skip("joined from a message and a remedy, both of which are looked for")

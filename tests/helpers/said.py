@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+from typing import Any
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "torch_penalty_bilevel"
 ERRORS = (
@@ -30,9 +31,8 @@ def _calls(tree: ast.AST) -> list[ast.Call]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        name = (
-            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        )
+        called: Any = node.func  # a name, or a name of a module
+        name = getattr(called, "attr", None) or getattr(called, "id", None)
         if name == "warn" or name in ERRORS:
             found.append(node)
     return found
