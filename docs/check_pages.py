@@ -31,8 +31,8 @@ _LOOK = """() => ({
     width: document.documentElement.scrollWidth,
     wide: [...document.querySelectorAll('article *')].filter(e => {
         if (e.getBoundingClientRect().right <= window.innerWidth + 1) return false;
-        for (let p = e.parentElement; p; p = p.parentElement)
-            if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+        for (let p = e.parentElement; p.tagName != 'ARTICLE'; p = p.parentElement)
+            if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return false;
         return true;
     }).map(e => e.tagName + '.' + e.className).slice(0, 3),
     blank: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),

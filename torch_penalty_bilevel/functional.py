@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from .curvature import VectorJacobian
@@ -179,6 +180,9 @@ def hypergradient(
         ``"negative_curvature"``, the hypergradient is NaN.
 
     Raises:
+        TypeError: called inside ``torch.func.vmap`` or ``torch.func.grad``: how long a method runs
+            depends on values. Many problems at once: the sum of their losses, whose H is block
+            diagonal, has the hypergradients of all.
         ValueError: an unknown method, or an option that the method does not have or out of range.
         NonFiniteError: the losses or their gradients are not finite at (u, v), or where the lower
             steps lead.
@@ -198,6 +202,7 @@ def hypergradient(
     """
     check_method(method)
     flat = _Flat(upper_loss, lower_loss, upper, lower, lower_is_map=lower_is_map)
+    _refuse_transforms(flat.at)
     options = MethodOptions(
         tolerance=tolerance,
         max_iterations=max_iterations,
@@ -219,6 +224,23 @@ def hypergradient(
     if info.adjoint is not None:
         info = info._replace(adjoint=flat.lower.tree(cast_like(info.adjoint, at.lower)))
     return flat.upper.tree(cast_like(total, at.upper)), info
+
+
+def _refuse_transforms(at: Pair) -> None:
+    tensors = (*at.upper, *at.lower)
+    if any(torch._C._functorch.is_batchedtensor(t) for t in tensors):
+        raise TypeError(
+            "hypergradient does not run inside torch.func.vmap: how long its solver runs depends "
+            "on values. Give it the sum of the problems instead, which has the hypergradient of "
+            "each: hypergradient(lambda u, v: torch.func.vmap(f)(u, v).sum(), lambda u, v: "
+            "torch.func.vmap(g)(u, v).sum(), u, v, ...), u and v stacked; or call it in a loop"
+        )
+    if any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
+        raise TypeError(
+            "hypergradient does not run inside torch.func.grad, vjp or jvp: its result is not "
+            "differentiated further, and their answer would be 0. functional.penalty_gradient "
+            "composes with them"
+        )
 
 
 class _Flat:

@@ -7,11 +7,18 @@ from typing import Any
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 
 def _mathml(latex: str, display: str) -> str:
-    # latex2mathml leaves the backslash of an underscore in text.
-    return convert(latex, display=display).replace(r"\_", "_")
+    known = latex.replace(r"\arg", r"\text{arg}\,")
+    # latex2mathml leaves the backslash of an underscore in text, and of what it does not know.
+    result = convert(known, display=display).replace(r"\_", "_")
+    if "\\" in result:
+        logger.warning("a command that latex2mathml does not know: %s", latex)
+    return result
 
 
 def _inline(writer: Any, node: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-_CODE = re.compile(r"(``.+?``|:\w+:`.+?`)")
+_CODE = re.compile(r"(``.+?``|:\w+:`.+?`|(?<!\S)\*\w+\*(?!\w))")  # and *stressed* words
 
 
 def _escaped(line: str) -> str:

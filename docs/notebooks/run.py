@@ -20,7 +20,7 @@ SOURCES = {
     "tutorial": HERE.parent / "tutorial.md",
     "certificate": HERE.parent / "concepts" / "certificate.md",
 }
-_LEFT_OUT = re.compile(r"^<!--.*?^-->\n?|^```output\n.*?^```\n|^!\[.*?\]\(.*?\)\n", re.M | re.S)
+_LEFT_OUT = re.compile(r"^<!--.*?-->\n|^```output\n.*?^```\n|^!\[.*?\]\(.*?\)\n", re.M | re.S)
 _CODE = re.compile(r"^```python\n(.*?)^```\n", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 

@@ -117,7 +117,7 @@ def penalty_optimizer(task: Mixing, upper_lr: float, lower_lr: float) -> Penalty
         task.model.parameters(),
         lower_lr=lower_lr,
         curvature="finite_difference",
-        penalty=Stationarity(LeastSquares(share=0.0)),
+        penalty=Stationarity(LeastSquares(share=0.0, subspace=False)),
     )
 
 

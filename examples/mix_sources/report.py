@@ -96,6 +96,8 @@ def draw(results: dict[str, list[Line]], path: Path) -> None:
     for name, axis in zip(learning, axes, strict=False):
         _draw_weights(axis, name, results[name][0])
     _draw_losses(axes[-1], results)
+    if learning:  # one legend for all of them: the sources are the same
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -108,7 +110,6 @@ def _draw_weights(axis: Axes, name: str, run: Line) -> None:
         axis.plot(steps, values, color=COLOURS[kind], label=source, lw=1.5, ls=_styles(run, k))
     axis.axhline(0.1, color="black", lw=0.8, ls=":")
     axis.set(yscale="log", xlabel="step", ylabel="weight / mean weight", title=name)
-    axis.legend(fontsize=6, loc="lower left")
     axis.grid(alpha=0.3)
 
 

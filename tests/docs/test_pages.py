@@ -1,5 +1,6 @@
 """Every code block of the documentation runs as it stands, and prints what the page says."""
 
+import contextlib
 import pathlib
 
 import matplotlib
@@ -51,6 +52,18 @@ def test_blocks_share_names_and_lines_are_those_of_the_page(tmp_path):
 def test_a_wrong_output_is_seen(tmp_path, text):
     with pytest.raises(AssertionError, match="2"):
         pages.run_page(write(tmp_path, text))
+
+
+SHOWS_ONE = "<!-- within 0.05 -->\n```output\n1.0 mm\n```\n"
+
+
+@pytest.mark.parametrize(
+    ("printed", "passes"), [("1.04 mm", 1), ("1.06 mm", 0), ("1.04 m", 0), ("1.04 mm 1", 0)]
+)
+def test_numbers_within_a_share(tmp_path, printed, passes):
+    page = write(tmp_path, f"```python\nprint('{printed}')\n```\n{SHOWS_ONE}")
+    with contextlib.nullcontext() if passes else pytest.raises(AssertionError, match="mm"):
+        pages.run_page(page)
 
 
 def test_a_page_that_needs_what_is_missing_is_skipped_with_the_reason(tmp_path):

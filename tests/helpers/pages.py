@@ -3,6 +3,7 @@
     ```python        runs; a line of an error's traceback is the line of the page
     ```pycon         a doctest session, in the same namespace
     ```output        right after a ```python block: what that block printed ("..." for any text)
+    <!-- within 0.05 -->    right before it: its numbers agree to this share of the larger one
     <!-- run         code that the reader does not see (a setup, or asserts on what was shown)
     -->
     <!-- needs: higher torchopt -->    the page is skipped where one of these does not import
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import math
 import pathlib
 import re
 from typing import NamedTuple
@@ -22,9 +24,12 @@ from typing import NamedTuple
 import pytest
 
 _BLOCK = re.compile(
-    r"^```(?P<kind>python|pycon|output)\n(?P<shown>.*?)^```$|^<!-- run\n(?P<hidden>.*?)^-->$",
+    r"^(?:<!-- within (?P<within>[\d.]+) -->\n)?"
+    r"```(?P<kind>python|pycon|output)\n(?P<shown>.*?)^```$"
+    r"|^<!-- run\n(?P<hidden>.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 _NEEDS = re.compile(r"<!-- needs: (.+?) -->")
 
 
@@ -34,6 +39,7 @@ class Block(NamedTuple):
     kind: str
     text: str
     line: int  # of the first line of text, from 0
+    within: float = 0.0  # how far the numbers of an output may be off
 
 
 def blocks(page: pathlib.Path) -> list[Block]:
@@ -43,7 +49,8 @@ def blocks(page: pathlib.Path) -> list[Block]:
     for match in _BLOCK.finditer(text):
         kind = match["kind"] or "python"
         group = "shown" if match["kind"] else "hidden"
-        found.append(Block(kind, match[group], text.count("\n", 0, match.start(group))))
+        line = text.count("\n", 0, match.start(group))
+        found.append(Block(kind, match[group], line, float(match["within"] or 0)))
     return found
 
 
@@ -68,8 +75,14 @@ def run_page(page: pathlib.Path) -> dict:
 
 
 def _check_output(page: pathlib.Path, block: Block, printed: str) -> None:
+    shown, got = block.text, printed
+    if block.within:
+        both = [[float(n) for n in _NUMBER.findall(text)] for text in (shown, got)]
+        near = [math.isclose(a, b, rel_tol=block.within) for a, b in zip(*both, strict=False)]
+        assert all(near), f"{page}:{block.line + 1} shows\n{shown}\nbut the block printed\n{got}"
+        shown, got = (_NUMBER.sub("#", text) for text in (shown, got))
     same = doctest.OutputChecker().check_output(
-        block.text, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        shown, got, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     )
     assert same, f"{page}:{block.line + 1} shows\n{block.text}\nbut the block printed\n{printed}"
 

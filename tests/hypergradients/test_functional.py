@@ -180,3 +180,37 @@ def test_oracles_are_at_their_lower_solution() -> None:
         certificate = pytree.tree_map(torch.add, slope, pullback(oracle.adjoint)[0])
         for leaf in (*pytree.tree_leaves(residual), *pytree.tree_leaves(certificate)):
             assert leaf.abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("method", ["cg", "cg_normal", "neumann", "one_step", "alternating"])
+def test_vmap_is_refused_and_its_remedy_is_right(method: str) -> None:
+    f = lambda u, v: (v - 1).square().sum() + u.square().sum()  # noqa: E731
+    g = lambda u, v: (v - 2 * u).square().sum() + v.square().sum() / 3  # noqa: E731
+    u, v = torch.randn(4, 3), torch.randn(4, 3)
+    options: dict[str, Any] = {"method": method}
+    if method in ("neumann", "one_step"):
+        options["step_size"] = 0.3
+    with pytest.raises(TypeError, match=r"inside torch\.func\.vmap.*the sum of the problems"):
+        torch.func.vmap(lambda a, b: hypergradient(f, g, a, b, **options)[0])(u, v)
+    together, _ = hypergradient(
+        lambda u, v: torch.func.vmap(f)(u, v).sum(),
+        lambda u, v: torch.func.vmap(g)(u, v).sum(),
+        u,
+        v,
+        **options,
+    )
+    single = [hypergradient(f, g, a, b, **options)[0] for a, b in zip(u, v, strict=True)]
+    assert_close(together, torch.stack(single), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_a_derivative_of_the_hypergradient_is_refused(level: str) -> None:
+    """It would be 0, whatever the problem."""
+    oracle = scalar_ridge(0.3)
+
+    def of_level(value: Tensor) -> Tensor:
+        at = {"upper": oracle.upper, "lower": oracle.lower} | {level: value}
+        return hypergradient(oracle.f, oracle.g, at["upper"], at["lower"])[0]
+
+    with pytest.raises(TypeError, match=r"not differentiated further.*penalty_gradient"):
+        torch.func.grad(of_level)(oracle.upper if level == "upper" else oracle.lower)
