@@ -38,12 +38,14 @@ def measured(rows: Rows, path: Path) -> None:
         held = rows.of("memory", curve=curve, allocator=point.AS_IT_COMES)
         of = sorted((r["parameters"], r["peak_bytes"] / r["parameters"]) for r in held)
         look = {"color": colour, "marker": "o", "markersize": 3.5, "label": curve}
-        memory.semilogx([n for n, _ in of], [b for _, b in of], **look)
+        if of:
+            memory.semilogx([n for n, _ in of], [b for _, b in of], **look)
     time.set_title("CPU ns per parameter and step (flat: proportional)", fontsize=9)
     ratio.set_title("time over plain training's", fontsize=9)
     memory.set_title("peak of all tensors, bytes per parameter", fontsize=9)
     time.legend(frameon=False, fontsize=6.5)
-    memory.legend(frameon=False, fontsize=6.5)
+    if memory.lines:
+        memory.legend(frameon=False, fontsize=6.5)
     for axes in (time, ratio, memory):
         axes.set_xlabel("lower parameters", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,6 +64,7 @@ def on_paper(path: Path) -> None:
         for kind, line in zip(KINDS, (":", "-"), strict=True):
             if world == 1 and kind == KINDS[1]:
                 continue
+            line = "-" if world == 1 else line
             cells = {m: [Setting(m, n, world, kind) for n in sizes] for m in METHODS}
             words = f"{world} GPUs, {kind}" if world > 1 else "1 GPU"
             for method, width in zip(METHODS, (1.8, 0.8), strict=True):
