@@ -55,6 +55,7 @@ def test_the_model_sends_what_a_step_sends(two, kind, name):
     assert row[name]["sent"] == pytest.approx(told + beside, rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:.*have 16 bits")  # as here they are meant to have
 @pytest.mark.parametrize(
     ("dtype", "own", "plain"),
     # v, its gradient, two moments; and nu in float32, and the probe's direction.
@@ -63,8 +64,8 @@ def test_the_model_sends_what_a_step_sends(two, kind, name):
 def test_the_model_holds_what_a_step_holds(dtype, own, plain):
     for name, state in ((OURS, own), (PLAIN, plain)):
         kept, found = constants.read()[dtype][name], constants.of(name, dtype, constants.SIZE)
-        assert found["state"] == pytest.approx(state, rel=1e-3)  # numbers of steps
-        assert kept["state"] == pytest.approx(found["state"], rel=1e-3)
+        assert found["state"] == pytest.approx(state, rel=2e-3)  # u is 1,000 numbers of 1e6
+        assert kept["state"] == pytest.approx(found["state"], rel=2e-3)
         n = processes.LAYERS * 355**2
         cell = Setting(name, n, 1, dtype=dtype)
         # Counts, not times: what differs is that the page was not written again.
