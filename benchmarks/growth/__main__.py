@@ -133,6 +133,7 @@ def main() -> None:
         constants.write(constants.with_processes(found, rows.of("processes")), kept)
     if "page" in options.only:
         report.write(rows, options.page)
+    print(f"{len(rows.found)} points in {rows.path}; page: {options.page}")
 
 
 if __name__ == "__main__":
