@@ -3,7 +3,7 @@
     python -m benchmarks.growth                      # all of it, an hour or more; then the page
     python -m benchmarks.growth --only processes     # one part
     python -m benchmarks.growth --only page          # tables and pictures of what was measured
-    python -m benchmarks.growth --smoke --out /tmp/growth   # does it run? tiny sizes, in --out
+    python -m benchmarks.growth --smoke --out results/smoke   # does it run? tiny sizes
 
 What was measured lies in ``--out`` and is not measured again: remove the file, or name another
 folder, to begin anew. Parts:
@@ -40,7 +40,7 @@ Task = tuple[str, Callable[[], Any], dict[str, Any]]
 
 
 def parameters(sizes: list[float], seconds: float) -> list[Task]:
-    """The largest size first: it is the point of the exercise."""
+    """Each curve at each size, with both allocators; the largest first."""
     return [
         (
             f"seconds, {size:.0e}, {curve}, {allocator}",

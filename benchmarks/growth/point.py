@@ -3,8 +3,8 @@
 An MLP h-h-10 with batches of 16 and one weight above for each of 1,000 samples, as in
 ``benchmarks/speed``, with Adam on both levels. The lower rate is ``RATE / h``, so that one step
 changes what the network says by as much at every size. (At one rate for all, large networks
-fit the 16 samples in a few steps; then H is 0, and the multiplier rule looks for it with one more product in
-every step.)
+fit the 16 samples in a few steps; then H is 0, and the multiplier rule looks for it with one more
+product in every step.)
 """
 
 from __future__ import annotations
