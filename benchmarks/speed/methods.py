@@ -29,10 +29,14 @@ def gradient(problem: Problem) -> Step:
     return lambda: torch.autograd.grad(problem.g(), v)
 
 
-def training(problem: Problem, rule: type[torch.optim.Optimizer] = torch.optim.Adam) -> Step:
+def training(
+    problem: Problem,
+    rule: type[torch.optim.Optimizer] = torch.optim.Adam,
+    lower_lr: float = LOWER_LR,
+) -> Step:
     """A step of the lower level alone."""
     v = problem.lower
-    optimizer = rule(v, lr=LOWER_LR)
+    optimizer = rule(v, lr=lower_lr)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -44,12 +48,15 @@ def training(problem: Problem, rule: type[torch.optim.Optimizer] = torch.optim.A
 
 
 def penalty(
-    problem: Problem, lower_rule: type[torch.optim.Optimizer] = torch.optim.Adam, **options: Any
+    problem: Problem,
+    lower_rule: type[torch.optim.Optimizer] = torch.optim.Adam,
+    lower_lr: float = LOWER_LR,
+    **options: Any,
 ) -> Step:
     """``PenaltyBilevelOptimizer``."""
     upper_rule = torch.optim.SparseAdam if problem.weights.sparse else torch.optim.Adam
     optimizer = PenaltyBilevelOptimizer(
-        upper_rule([problem.upper], lr=UPPER_LR), lower_rule(problem.lower, lr=LOWER_LR), **options
+        upper_rule([problem.upper], lr=UPPER_LR), lower_rule(problem.lower, lr=lower_lr), **options
     )
     return lambda: optimizer.step(problem.f, problem.g)
 

@@ -44,7 +44,7 @@ def race(
         for name, reference in references.items():
             if is_short:
                 reference()
-            taken[name].append(_seconds(reference))
+            taken[name].append(seconds_of(reference))
         if is_short:
             step()
 
@@ -52,7 +52,7 @@ def race(
         for reference in references.values():
             reference()
         step()
-    each = _seconds(step) + sum(_seconds(reference) for reference in references.values())
+    each = seconds_of(step) + sum(seconds_of(reference) for reference in references.values())
     is_short = each < 0.02
     rounds = round(min(max(seconds / each / (1 + is_short), 3), 200))
     benchmark.pedantic(step, setup=before, rounds=rounds)
@@ -66,7 +66,7 @@ def race(
     }
 
 
-def _seconds(step: Step) -> float:
+def seconds_of(step: Step) -> float:
     began = time.process_time()
     step()
     return time.process_time() - began

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +112,6 @@ def targets(results: Results) -> str:
     for kind in problems.BY_KIND:
         share = ratio(row(kind, ours)) / ratio(row(kind, methods.TORCHOPT_CG))
         lines.append((f"time over {methods.TORCHOPT_CG}, {kind}", 0.25, share))
-    for engine, slope in slopes(results).items():
-        lines.append((f"slope of log time in log parameters, {engine}", 1.05, slope))
     head = ["| promise | at most | measured | |", "|---|---|---|---|"]
     return "\n".join([*head, *(_target(*line) for line in lines)]) + "\n"
 
@@ -130,18 +127,6 @@ def curves(rows: dict[str, Entry]) -> dict[str, list[Entry]]:
     found: dict[str, list[Entry]] = {}
     for row in sorted((r for r in rows.values() if "error" not in r), key=lambda r: r["size"]):
         found.setdefault(row["curve"], []).append(row)
-    return found
-
-
-def slopes(results: Results) -> dict[str, float]:
-    """From the smallest to the largest network, by least squares; and over the last decade."""
-    found = dict[str, float]()
-    for name, points in curves(results.get("growth with lower parameters", {})).items():
-        if len(points) > 2:
-            logs = [(math.log(p["size"]), math.log(p["seconds"])) for p in points]
-            (x, y), (to_x, to_y) = logs[-2:]
-            found[name] = statistics.linear_regression(*zip(*logs, strict=True)).slope
-            found[f"{name}, last decade"] = (to_y - y) / (to_x - x)
     return found
 
 

@@ -1,4 +1,7 @@
-"""How a step grows: with lower parameters, with the batch, with lower steps, with weights of u."""
+"""How a step grows: with the batch, with lower steps, with weights of u.
+
+With lower parameters: ``benchmarks/growth``.
+"""
 
 from functools import partial
 
@@ -21,32 +24,21 @@ def grow(benchmark, failing_is_a_row):
     Ten steps are for warming up: in each of them ours probe the curvature once more.
     """
 
-    def point(against, curve, size, build, make, warmup=11):
+    def point(against, curve, size, build, make):
         group, name = f"growth with {against}", f"{curve}, {size:.0e}"
         benchmark.group, benchmark.name = group, name
         benchmark.extra_info |= {"curve": curve, "size": size}
         with failing_is_a_row(group, name):
-            race(benchmark, build(), make, warmup)
+            race(benchmark, build(), make)
             benchmark.extra_info |= metrics.peaks_of(lambda: make(build()))
 
     return point
 
 
-def race(benchmark, problem, make, warmup):
+def race(benchmark, problem, make):
     """In a function of its own: what it holds is gone before the peak is measured."""
     references = {"gradient": methods.gradient(problem)}
-    metrics.race(benchmark, make(problem), references, SECONDS, warmup)
-
-
-@pytest.mark.parametrize("size", [1e4, 1e5, 1e6, 1e7, 1e8])
-@pytest.mark.parametrize("engine", [*ENGINES, "plain training"])
-def test_parameters(grow, engine, size):
-    """1,000 weights above, batches of 16.
-
-    The largest is not warmed up: its steps, of seconds, hold one more product than later ones.
-    """
-    make, warmup = ENGINES.get(engine, methods.training), 11 if size < 1e8 else 1
-    grow("lower parameters", engine, size, lambda: problems.by_size(size), make, warmup)
+    metrics.race(benchmark, make(problem), references, SECONDS, warmup=11)
 
 
 @pytest.mark.parametrize("size", [16, 64, 256, 1024, 4096])

@@ -1,0 +1,1 @@
+"""How a step grows: measured here, and on paper beyond."""
