@@ -154,10 +154,10 @@ class FiniteDifference(Curvature):
             ahead = _gradient_at(loss, at, direction, factor, random)
             behind = _gradient_at(loss, at, direction, -factor, random) if central else here
             per_unit = length / (2 * radius if central else radius)
-            levels = [*map(list, ahead), *map(list, behind)]
+            upper = list(ahead.upper), list(behind.upper)
+            lower = list(ahead.lower), list(behind.lower)
             del ahead, behind  # so that the lists alone hold them
-            upper, lower = (_difference(*levels[i::2], per_unit) for i in (0, 1))
-            return OptionalPair(upper, lower)
+            return OptionalPair(_difference(*upper, per_unit), _difference(*lower, per_unit))
 
         residual = tuple(
             torch.zeros_like(v, requires_grad=False) if r is None else r
