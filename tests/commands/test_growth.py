@@ -2,6 +2,7 @@
 
 import math
 import resource
+import statistics
 
 import pytest
 import torch
@@ -167,13 +168,16 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
 
 
 def faults_of_large_vectors():
-    """Page faults of making and freeing 64 MB four times, after two that find room."""
+    """Page faults of making and freeing 64 MB, after two that find room: the median of five.
+
+    Not the sum: a system that reclaims idle pages takes them from one now and then.
+    """
     seen = []
-    for _ in range(6):
+    for _ in range(7):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(16_000_000)
         seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return {"faults": sum(seen[2:])}
+    return {"faults": statistics.median(seen[2:])}
 
 
 def test_the_allocator_keeps_what_it_has_where_asked():
@@ -181,7 +185,7 @@ def test_the_allocator_keeps_what_it_has_where_asked():
     not_asked = point.in_fresh_process(faults_of_large_vectors, point.AS_IT_COMES)["faults"]
     pages = 64e6 / resource.getpagesize()
     assert asked < 0.1 * pages
-    assert not_asked > 3 * pages
+    assert not_asked > 0.75 * pages
 
 
 def fails():
