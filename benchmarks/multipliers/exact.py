@@ -19,6 +19,9 @@ class Exact(LeastSquares):
     q stays. With minibatches q is that of all data, the best a multiplier can be.
     """
 
+    reads_residual = True
+    """So that the optimizer keeps it: by it ``adjoint`` knows who asks."""
+
     def __init__(self) -> None:
         super().__init__(subspace=False)
         self._solve: Callable[[], Tensor] | None = None

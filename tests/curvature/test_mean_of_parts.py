@@ -137,7 +137,7 @@ def test_nothing_is_kept_from_call_to_call():
     before = tensors()
     for _ in range(20):
         loss((u,), ())
-    assert tensors() == before
+    assert tensors() <= before  # fewer where something of another test went meanwhile
 
 
 def test_wrapping_is_part_by_part():

@@ -92,7 +92,7 @@ class LeastSquaresTwin:
         """Least energy and least residual, mixed, in the span V of the last three nu, from images
         remembered under today's mu."""
         if self.idle >= 20 and self.k % 100 < 90:
-            self.idle, self.told = self.idle + 1, None
+            self.idle, self.told, self.past = self.idle + 1, None, []
             return self.nu - a / L
         mu = self.ridge * self.L + 2 * self.kappa
         image = Hnu - mu * self.nu

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch_penalty_bilevel import EpsilonTest, PenaltyBilevelOptimizer, Stationarity
 
 
-@pytest.mark.filterwarnings("ignore:the lower parameters .* have 16 bits")
+@pytest.mark.filterwarnings("ignore:the (lower parameters|upper parameter) .* 16 bits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("curvature", ["double_backward", "finite_difference", "functional"])
 def test_lower_precision_follows_float64(dtype, curvature):

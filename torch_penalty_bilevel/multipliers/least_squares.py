@@ -187,7 +187,8 @@ class LeastSquares(MultiplierRule):
 
     def spans(self, state: LeastSquaresState) -> bool:
         due = isinstance(state, SubspaceState) and state.forecast.is_due(state.steps)
-        return due or self._units is not None
+        is_own = type(self).span is not LeastSquares.span  # of a subclass: nothing is known of it
+        return due or is_own or self._units is not None
 
     def span(
         self,
