@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 
 .PHONY: help demo test stress mutations lint suite rates profiles bench bench-report docs docs-links
-.PHONY: docs-look docs-pictures notebooks dist release-check first-hour clean
+.PHONY: docs-look docs-pictures notebooks migration dist release-check first-hour clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -81,6 +81,9 @@ release-check: dist  ## the wheel alone in a new environment: README's blocks an
 
 first-hour: dist  ## a stranger's path, timed: install, first run, own result, resume, plot, two processes
 	tests/release/first_hour.sh dist
+
+migration:  ## the pages of docs/migration against the libraries that they come from
+	tests/release/migration.sh
 
 docs: $(VENV)/.docs  ## build the documentation into docs/_build/html; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
