@@ -128,8 +128,8 @@ class _Kept:
         self.ledger.count(self.tensor, -1)
 
 
-def peaks_of(build: Callable[[], Step]) -> dict[str, int]:
-    """Peaks of all tensors, the problem's own among them: until the first step ends, and later.
+def peaks_of(build: Callable[[], Step], first: int = 1) -> dict[str, int]:
+    """Peaks of all tensors, the problem's own among them: in the ``first`` steps, and in two more.
 
     The first step looks at more than the later ones, and has no moments yet.
     """
@@ -137,8 +137,9 @@ def peaks_of(build: Callable[[], Step]) -> dict[str, int]:
 
     def begin() -> None:
         made.append(build())
-        made[0]()
+        for _ in range(first):
+            made[0]()
 
-    until_first = changes(begin)
-    later = sum(until_first) + peak_bytes(lambda: [made[0]() for _ in range(2)])
-    return {"first_peak_bytes": max(accumulate(until_first)), "peak_bytes": later}
+    until = changes(begin)
+    later = sum(until) + peak_bytes(lambda: [made[0]() for _ in range(2)])
+    return {"first_peak_bytes": max(accumulate(until)), "peak_bytes": later}

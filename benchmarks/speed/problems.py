@@ -53,6 +53,18 @@ class Problem:
         losses = cross_entropy(self._outputs(inputs, values), labels, reduction="none")
         return (scores.sigmoid() * losses).mean()
 
+    def redraw(self) -> None:
+        """Other samples, in place."""
+        (upper, labels), (lower, more, rows) = self.upper_batch, self.lower_batch
+        rows.random_(len(self.upper))
+        labels.random_(CLASSES)
+        more.random_(CLASSES)
+        for inputs in (upper, lower):
+            if inputs.is_floating_point():
+                inputs.normal_()
+            else:
+                inputs.random_(Transformer.VOCABULARY)
+
     def _outputs(self, inputs: Tensor, values: Values | None) -> Tensor:
         if values is None:
             return self.model(inputs)
