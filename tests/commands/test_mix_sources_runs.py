@@ -151,21 +151,20 @@ def test_a_row_is_what_its_line_says(monkeypatch):
 
 
 def results():
-    """Two rows of one seed with three sources."""
-    common = {"names": ["a", "b", "c"], "kinds": ["wanted", "other", "corrupted"]}
-    paths = {
-        "penalty": [{"step": 10, "seconds": 3.0, "test": 3.0, "weights": [0.5, 0.3, 0.2]}],
-        "uniform": [{"step": 10, "seconds": 2.0, "test": 3.2, "weights": [1 / 3] * 3}],
-    }
-    paths["penalty"].append({"step": 20, "seconds": 6.0, "test": 2.0, "weights": [0.6, 0.39, 0.01]})
-    paths["uniform"].append({"step": 20, "seconds": 4.0, "test": 2.5, "weights": [1 / 3] * 3})
+    """Two rows of one seed with four sources."""
+    sources = {"names": ["a", "b", "c", "d"], "kinds": ["wanted", "wanted", "other", "corrupted"]}
+    learned, equal = ([0.3, 0.2, 0.3, 0.2], [0.4, 0.2, 0.39, 0.01]), ([0.25] * 4,) * 2
     found = {}
-    for name, path in paths.items():
-        last = path[-1]
-        kinds = dict(zip(common["kinds"], last["weights"], strict=True))
-        worst = 3 * kinds["corrupted"]
-        end = {"test": last["test"], "seconds": last["seconds"], "worst": worst}
-        found[name] = [{**common, **kinds, **end, "path": path}]
+    for name, seconds, tests, weights in (
+        ("penalty", (3.0, 6.0), (3.0, 2.0), learned),
+        ("uniform", (2.0, 4.0), (3.2, 2.5), equal),
+    ):
+        points = zip((10, 20), seconds, tests, weights, strict=True)
+        path = [dict(zip(("step", "seconds", "test", "weights"), p, strict=True)) for p in points]
+        w = path[-1]["weights"]
+        sums = {"wanted": w[0] + w[1], "other": w[2], "corrupted": w[3], "worst": 4 * w[3]}
+        end = {"test": tests[1], "seconds": seconds[1]}
+        found[name] = [{**sources, **sums, **end, "path": path}]
     return found
 
 
@@ -175,7 +174,7 @@ def test_the_picture_has_the_numbers(tmp_path, monkeypatch):
     draw(results(), tmp_path / "picture.png")
     weights, losses = kept[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in weights.lines}
-    expected = {"a": [1, 1.5, 1.8], "b": [1, 0.9, 1.17], "c": [1, 0.6, 0.03]}
+    expected = {"a": [1, 1.2, 1.6], "b": [1, 0.8, 0.8], "c": [1, 1.2, 1.56], "d": [1, 0.8, 0.04]}
     for name, values in expected.items():
         points = [[step, y] for step, y in zip((0, 10, 20), values, strict=True)]
         assert np.array(lines[name]) == pytest.approx(np.array(points))
@@ -185,6 +184,6 @@ def test_the_picture_has_the_numbers(tmp_path, monkeypatch):
 
 def test_the_table_by_hand():
     assert table(against_uniform(results())).splitlines()[2:] == [
-        "| penalty | 2.000 | 0.500 | 0.030 | 0.600 | 0.390 | 0.010 | 6 | 1.50 |",
-        "| uniform | 2.500 | 0.000 | 1.000 | 0.333 | 0.333 | 0.333 | 4 | 1.00 |",
+        "| penalty | 2.000 | 0.500 | 0.040 | 0.600 | 0.390 | 0.010 | 6 | 1.50 |",
+        "| uniform | 2.500 | 0.000 | 1.000 | 0.500 | 0.250 | 0.250 | 4 | 1.00 |",
     ]
