@@ -273,8 +273,8 @@ def test_shares_by_hand():
 
 
 def test_the_sentence_by_hand():
-    penalty = [{"test": 2.0, "seconds": 3.0, "worst": 0.05}, {"test": 2.1, "seconds": 3.0}]
-    penalty[1]["worst"] = 0.2
+    penalty = [{"test": 2.0, "seconds": 3.0, "worst": 0.099}, {"test": 2.1, "seconds": 3.0}]
+    penalty[1]["worst"] = 0.101
     uniform = [{"test": 2.3, "seconds": 2.0}, {"test": 2.2, "seconds": 2.0}]
     found = against_uniform({"penalty": penalty, "uniform": uniform})
     assert [run["gain"] for run in found["penalty"]] == pytest.approx([0.3, 0.1])
