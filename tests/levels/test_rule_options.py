@@ -235,11 +235,10 @@ class Plain(optim.Optimizer):
 )
 def test_a_rule_without_a_learning_rate_is_as_good(kind):
     """Of both levels: the steps of SGD."""
-    ends = []
+    ends, scale = [], torch.tensor([1.0, 3.0])
     for rule in (Plain, functools.partial(optim.SGD, lr=0.1)):
         u, v = torch.tensor([0.5], requires_grad=True), torch.tensor([0.2, 0.4], requires_grad=True)
         optimizer = kind(rule([u]), rule([v]))
-        scale = torch.tensor([1.0, 3.0])
         for _ in range(20):
             optimizer.step(
                 lambda u=u, v=v: (v - 1).square().sum() + u.square().sum(),
@@ -253,6 +252,6 @@ def test_a_rule_without_a_learning_rate_is_as_good(kind):
 def test_methods_that_need_a_learning_rate_say_so(method):
     u, v = torch.tensor([0.5], requires_grad=True), torch.tensor([0.2], requires_grad=True)
     optimizer = HypergradientOptimizer([u], Plain([v]), method=method)
-    with pytest.raises(ValueError, match='Plain, whose groups have no learning rate.*"lr"'):
+    with pytest.raises(ValueError, match=r'Plain, whose groups have no learning rate.*"lr"'):
         optimizer.step(lambda: (v - 1).square().sum(), lambda: (v - u).square().sum())
     assert v.item() == 0.2

@@ -50,9 +50,9 @@ def learning_rates(rule: Optimizer) -> tuple[float, ...]:
     groups = rule.param_groups
     if any("lr" not in group for group in groups):
         raise ValueError(
-            f"lower is {type(rule).__name__}, whose groups have no learning rate; this method takes "
-            'it for that of the lower steps: give the groups an "lr", pass step_size where the '
-            'method has one, or take method="cg"'
+            f"lower is {type(rule).__name__}, whose groups have no learning rate; this method goes "
+            'by that of the lower steps: give the groups an "lr", pass step_size where the method '
+            'has one, or take method="cg"'
         )
     return tuple(float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad)
 
