@@ -9,6 +9,9 @@ is evaluated once when all of them are: each part goes on where the one before l
 Clones are swapped in, never written back with ``copy_`` while a graph is pending: batch
 normalisation changes its running statistics without telling autograd, and the backward pass
 of an earlier evaluation would silently use the new values.
+
+Activation checkpointing runs modules once more in a backward pass, between evaluations, and moves
+what they hold then. So every evaluation starts from copies, which are put back as well.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ class BufferGuard:
         self._scope = scope
         self._roots: dict[int, tuple[object, Sequence[nn.Module]]] = {}
         self._originals: dict[nn.Module, Buffers] = {}
+        self._before: dict[nn.Module, Buffers] = {}
+        """Copies of the originals, made when the step met the module."""
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
         self._passed: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
@@ -122,7 +127,8 @@ class BufferGuard:
         if module not in self._originals:
             held = {name: b for name, b in module._buffers.items() if b is not None}
             self._originals[module] = held
-        held = self._originals[module]
+            self._before[module] = {name: b.clone() for name, b in held.items()}
+        held = self._before[module]
         if module in passed:  # whose graph is not part of this one
             held = {name: b.detach() for name, b in passed[module].buffers.items()}
         clones[module] = {name: b.clone() for name, b in held.items()}
@@ -134,7 +140,9 @@ class BufferGuard:
         targets: list[Tensor] = []
         values: list[Tensor] = []
         for module, originals in self._originals.items():
-            for name, value in self._final(module, originals).items():
+            _put(originals, module)
+            before = self._before[module]
+            for name, value in (before | self._final(module, before)).items():
                 if value.shape == originals[name].shape:
                     targets.append(originals[name])
                     values.append(value)
@@ -142,21 +150,28 @@ class BufferGuard:
                     module._buffers[name] = value.detach()
         if targets:
             torch._foreach_copy_(targets, values)
-        self._originals.clear()
-        for held in (*self._first.values(), *self._passed.values()):
+        for held in (self._originals, self._before, *self._first.values(), *self._passed.values()):
             held.clear()
 
-    def _final(self, module: nn.Module, originals: Buffers) -> Buffers:
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Let no buffer have moved."""
+        for module, originals in self._originals.items():
+            _put(originals, module)
+            for name, buffer in originals.items():
+                buffer.copy_(self._before[module][name])
+
+    def _final(self, module: nn.Module, before: Buffers) -> Buffers:
         lower, upper = (self._first[level].get(module) for level in ("lower", "upper"))
         if lower is None or upper is None:
             return (lower or upper or _Moved({}, False)).buffers
         if lower.surely:
             return lower.buffers
         # Without asking the device, which would wait for it: did the lower loss move any of them?
-        device = next(iter(originals.values())).device
-        changes = [(lower.buffers[n] != b).any().to(device) for n, b in originals.items()]
+        device = next(iter(before.values())).device
+        changes = [(lower.buffers[n] != b).any().to(device) for n, b in before.items()]
         moved = torch.stack(changes).any()
-        if any(upper.buffers[n].shape != b.shape for n, b in originals.items()):
+        if any(upper.buffers[n].shape != b.shape for n, b in before.items()):
             return (lower if moved else upper).buffers
         return {
             n: torch.where(moved.to(b.device), b, upper.buffers[n])
