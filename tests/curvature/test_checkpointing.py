@@ -82,7 +82,7 @@ def test_batch_norm_moves_once_by_the_lower_loss(options: dict[str, str]) -> Non
         optimizer.check_hypergradient(f, g, max_iterations=2)
         assert torch.equal(statistics(net), ends[-1])
         with pytest.raises(NonFiniteError):
-            optimizer.step(f, lambda: g() / 0)
+            optimizer.step(f, lambda g=g: g() / 0)
         assert torch.equal(statistics(net), ends[-1])
     torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
 
