@@ -205,7 +205,11 @@ def test_a_breakdown_of_the_solver_is_an_error() -> None:
         ({"method": "reverse", "tolerance": 0.3}, ValueError, "tolerance=0.3 has no effect"),
         ({"method": "one_step", "tolerance": 0.3}, ValueError, "tolerance=0.3 has no effect"),
         ({"method": "alternating", "tolerance": 0.3}, ValueError, "tolerance=0.3 has no effect"),
-        ({"method": "stochastic", "step_size": 0.3, "linear_optimizer": print}, ValueError, "beside"),
+        (
+            {"method": "stochastic", "step_size": 0.3, "linear_optimizer": print},
+            ValueError,
+            "beside",
+        ),
         ({"lower_steps": 0}, ValueError, "lower_steps must be an integer >= 1"),
         ({"inner_iterations": 1.5}, ValueError, "inner_iterations must be an integer >= 1"),
         ({"warm_start": "both"}, ValueError, "warm_start must be"),
