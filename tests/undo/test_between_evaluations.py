@@ -31,8 +31,8 @@ def test_it_moves_nothing(make, succeeds):
     module = make()
     originals = dict(module.named_buffers())
     guard, expected = BufferGuard(Scope()), copy.deepcopy(module)
-    for _ in range(2):
-        with guard.evaluation("lower", lambda: module):
+    for level in ("upper", "lower"):
+        with guard.evaluation(level, lambda: module):
             module(X)
         module(5 * X)
     if succeeds:
