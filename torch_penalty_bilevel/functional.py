@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from .curvature import VectorJacobian
+from .curvature import Linearised, Loss, Map, VectorJacobian
 from .errors import BilevelWarning
 from .hypergradients import HypergradientInfo as HypergradientInfo
 from .hypergradients import (
@@ -26,7 +27,7 @@ from .hypergradients import (
 from .linear_solve import MakeOptimizer
 from .penalties import Losses
 from .pytrees import Structure, Tree
-from .tensors import Pair, Tensors, cast_like, filled, sum_of_optional
+from .tensors import OptionalPair, Pair, Tensors, cast_like, filled, sum_of_optional
 
 U = TypeVar("U")
 V = TypeVar("V")
@@ -180,7 +181,8 @@ def hypergradient(
         ``"negative_curvature"``, the hypergradient is NaN.
 
     Raises:
-        TypeError: called inside ``torch.func.vmap`` or ``torch.func.grad``: how long a method runs
+        TypeError: leaves that are not floating-point tensors; or called inside ``torch.func.vmap``
+            or ``torch.func.grad``, also of what the losses close over: how long a method runs
             depends on values. Many problems at once: the sum of their losses, whose H is block
             diagonal, has the hypergradients of all.
         ValueError: an unknown method, or an option that the method does not have or out of range.
@@ -202,7 +204,7 @@ def hypergradient(
     """
     check_method(method)
     flat = _Flat(upper_loss, lower_loss, upper, lower, lower_is_map=lower_is_map)
-    _refuse_transforms(flat.at)
+    _refuse_transforms((*flat.at.upper, *flat.at.lower))
     options = MethodOptions(
         tolerance=tolerance,
         max_iterations=max_iterations,
@@ -217,8 +219,9 @@ def hypergradient(
     check_options(method, options)
     at = Pair(tuple(t.detach() for t in flat.at.upper), tuple(t.detach() for t in flat.at.lower))
     losses = Losses(flat.upper_loss, flat.lower_loss)
-    problem = LocalProblem(losses, at, VectorJacobian(), lower_is_map=lower_is_map)
-    total, info = pure_hypergradient(problem, method, options)
+    problem = LocalProblem(losses, at, _Outermost(), lower_is_map=lower_is_map)
+    with torch.no_grad():  # tensors that the losses close over may require gradients
+        total, info = pure_hypergradient(problem, method, options)
     if not info.converged and method not in ("one_step", "alternating"):
         warnings.warn(f"hypergradient: {info.message}", BilevelWarning, stacklevel=2)
     if info.adjoint is not None:
@@ -226,8 +229,27 @@ def hypergradient(
     return flat.upper.tree(cast_like(total, at.upper)), info
 
 
-def _refuse_transforms(at: Pair) -> None:
-    tensors, functorch = (*at.upper, *at.lower), cast(Any, torch._C)._functorch
+class _Outermost(VectorJacobian):
+    """Refuses losses in which a transformation takes part that began outside of this call."""
+
+    def gradient(self, loss: Loss, at: Pair) -> tuple[Tensor, OptionalPair]:
+        value, found = super().gradient(loss, at)
+        _refuse_transforms((value,))
+        return value, found
+
+    def linearise(self, loss: Loss, at: Pair, *, reusable: bool = False) -> Linearised:
+        found = super().linearise(loss, at, reusable=reusable)
+        _refuse_transforms((found.loss,))
+        return found
+
+    def linearise_map(self, phi: Map, at: Pair, *, reusable: bool = False) -> Linearised:
+        found = super().linearise_map(phi, at, reusable=reusable)
+        _refuse_transforms((found.loss,))
+        return found
+
+
+def _refuse_transforms(tensors: Tensors) -> None:
+    functorch = cast(Any, torch._C)._functorch
     if any(functorch.is_batchedtensor(t) for t in tensors):
         raise TypeError(
             "hypergradient does not run inside torch.func.vmap: how long its solver runs depends "
@@ -235,11 +257,12 @@ def _refuse_transforms(at: Pair) -> None:
             "each: hypergradient(lambda u, v: torch.func.vmap(f)(u, v).sum(), lambda u, v: "
             "torch.func.vmap(g)(u, v).sum(), u, v, ...), u and v stacked; or call it in a loop"
         )
-    if any(functorch.is_gradtrackingtensor(t) for t in tensors):
+    is_dual = (unpack_dual(t).tangent is not None for t in tensors)
+    if any(functorch.is_gradtrackingtensor(t) for t in tensors) or any(is_dual):
         raise TypeError(
-            "hypergradient does not run inside torch.func.grad, vjp or jvp: its result is not "
-            "differentiated further, and their answer would be 0. functional.penalty_gradient "
-            "composes with them"
+            "hypergradient does not run inside torch.func.grad, vjp or jvp, nor on dual tensors: "
+            "its result is not differentiated further, and their answer would be 0 or miss a part. "
+            "functional.penalty_gradient composes with them"
         )
 
 

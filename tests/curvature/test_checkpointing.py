@@ -8,18 +8,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from torch_penalty_bilevel import DoubleBackwardError, PenaltyBilevelOptimizer
+from torch_penalty_bilevel import DoubleBackwardError, NonFiniteError, PenaltyBilevelOptimizer
 
 
 class Blocks(nn.Module):
     """Two residual blocks with dropout, whose masks the second forward pass has to draw again."""
 
-    def __init__(self, reentrant: bool | None) -> None:
+    def __init__(self, reentrant: bool | None, norm: type[nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
         self.reentrant = reentrant
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Dropout(0.2))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(6, 6), norm(6), nn.Tanh(), nn.Dropout(0.2)) for _ in range(2)
         )
         self.head = nn.Linear(6, 3)
 
@@ -32,9 +31,9 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
-def task(reentrant: bool | None, **options):
+def task(reentrant: bool | None, norm: type[nn.Module] = nn.LayerNorm, **options):
     torch.manual_seed(0)
-    net = Blocks(reentrant)
+    net = Blocks(reentrant, norm)
     u = torch.zeros(24, requires_grad=True)
     x, y = torch.randn(36, 6).requires_grad_(), torch.randint(0, 3, (36,))
     optimizer = PenaltyBilevelOptimizer(
@@ -62,6 +61,29 @@ def test_steps_are_those_without(options: dict[str, str]) -> None:
         for _ in range(6):
             optimizer.step(f, g)
         ends.append(torch.cat([u, *[p.reshape(-1) for p in net.parameters()], torch.rand(1)]))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def statistics(net: nn.Module) -> Tensor:
+    return torch.cat([buffer.reshape(-1).double() for buffer in net.buffers()])
+
+
+@pytest.mark.parametrize("options", [*({"curvature": e} for e in ENGINES), {"penalty": "value"}])
+def test_batch_norm_moves_once_by_the_lower_loss(options: dict[str, str]) -> None:
+    """The second forward pass of f would leave statistics of the validation data behind."""
+    ends = []
+    for reentrant in (None, False):
+        net, _, optimizer, f, g = task(reentrant, norm=nn.BatchNorm1d, **options)
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.step(f, g)
+        assert {int(b) for name, b in net.named_buffers() if "num_batches" in name} == {3}
+        ends.append(statistics(net))
+        optimizer.check_hypergradient(f, g, max_iterations=2)
+        assert torch.equal(statistics(net), ends[-1])
+        with pytest.raises(NonFiniteError):
+            optimizer.step(f, lambda g=g: g() / 0)
+        assert torch.equal(statistics(net), ends[-1])
     torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from typing import Any
 
 import pytest
 import torch
 from hypergradient_runs import Run
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from torch_penalty_bilevel import BilevelWarning, FiniteDifference
-from torch_penalty_bilevel.functional import hypergradient
+from torch_penalty_bilevel.functional import hypergradient, penalty_gradient
 from torch_penalty_bilevel.hypergradients import OPTIONS_OF
 
 
@@ -109,3 +113,50 @@ def test_products_are_counted_at_what_they_cost(central: bool) -> None:
     run.step()
     # One lower gradient, f, r at the end, and a difference of one or two gradients.
     assert run.optimizer.metrics.gradient_evaluations == (5 if central else 4)
+
+
+def closed_over(x: Tensor, method: str) -> tuple[Tensor, Any]:
+    """The hypergradient of losses that close over ``x``."""
+    options: dict[str, Any] = {"step_size": 0.2} if method == "one_step" else {}
+    if method in ("reverse", "forward"):
+        options = {"step_size": 0.2, "lower_steps": 60}
+    u, v = torch.tensor(1.0), torch.tensor(2.0)
+    losses = lambda u, v: x * u * v + v**2, lambda u, v: (v - x * u) ** 2
+    return hypergradient(*losses, u, v, method=method, **options)
+
+
+@pytest.mark.filterwarnings("ignore:hypergradient")
+@pytest.mark.parametrize("method", OPTIONS_OF)
+def test_what_losses_close_over_may_require_gradients(method: str) -> None:
+    """At v = v* = x u: f_u + x f_v = 2 x^2 u + 2 x v, less what a method leaves out."""
+    gradient, info = closed_over(torch.tensor(2.0, requires_grad=True), method)
+    assert not gradient.requires_grad
+    assert info.adjoint is None or not info.adjoint.requires_grad
+    share = {"one_step": 0.4, "alternating": 0.0}.get(method, 1.0)
+    assert_close(gradient, torch.tensor(4.0 + share * 12.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", OPTIONS_OF)
+def test_transformations_of_what_losses_close_over_are_refused(method: str) -> None:
+    """The derivative would be 0, or that of a part: solvers detach what they carry along."""
+    x = torch.tensor(2.0)
+    with pytest.raises(TypeError, match=r"inside torch\.func\.grad, vjp or jvp"):
+        torch.func.grad(lambda x: closed_over(x, method)[0])(x)
+    with pytest.raises(TypeError, match=r"inside torch\.func\.grad, vjp or jvp"):
+        torch.func.jvp(lambda x: closed_over(x, method)[0], (x,), (x,))
+    with pytest.raises(TypeError, match=r"inside torch\.func\.vmap"):
+        torch.func.vmap(lambda x: closed_over(x, method)[0])(torch.stack([x, x]))
+    with forward_ad.dual_level(), pytest.raises(TypeError, match="nor on dual tensors"):
+        closed_over(forward_ad.make_dual(x, x), method)
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+@pytest.mark.parametrize("leaf", [1.0, None, torch.tensor(1), torch.tensor(1j)])
+def test_leaves_are_real_tensors(level: str, leaf: Any) -> None:
+    at = {"upper": torch.ones(()), "lower": torch.ones(())}
+    at[level] = {"w": [torch.ones(2), leaf]}
+    for call in (hypergradient, functools.partial(penalty_gradient, weight=1.0)):
+        with pytest.raises(
+            TypeError, match=rf"{level}\['w'\]\[1\] must be a floating-point tensor"
+        ):
+            call(lambda u, v: v, lambda u, v: v, at["upper"], at["lower"])

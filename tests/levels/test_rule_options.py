@@ -1,12 +1,18 @@
 """Options of a rule that change which problem a level solves: taken into g, or refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import optim
 
-from torch_penalty_bilevel import HypergradientOptimizer, PenaltyBilevelOptimizer
+from torch_penalty_bilevel import (
+    HypergradientOptimizer,
+    LeastSquares,
+    PenaltyBilevelOptimizer,
+    Stationarity,
+)
 
 H, TARGET = torch.tensor([[1.0, 0.2], [1.0, -0.5]], dtype=torch.float64)
 DECAY = 0.1
@@ -203,3 +209,49 @@ def test_a_map_has_no_loss_for_the_decay():
         PenaltyBilevelOptimizer([u], rule, penalty="fixed_point")
     with pytest.raises(ValueError, match="let Phi shrink v"):
         HypergradientOptimizer([u], rule, lower_is_map=True)
+
+
+class Plain(optim.Optimizer):
+    """A rule of one's own, whose groups have no learning rate."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(parameter.grad, alpha=-0.1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        HypergradientOptimizer,
+        PenaltyBilevelOptimizer,
+        functools.partial(
+            PenaltyBilevelOptimizer, penalty=Stationarity(LeastSquares(correct_lower=True))
+        ),
+    ],
+)
+def test_a_rule_without_a_learning_rate_is_as_good(kind):
+    """Of both levels: the steps of SGD."""
+    ends, scale = [], torch.tensor([1.0, 3.0])
+    for rule in (Plain, functools.partial(optim.SGD, lr=0.1)):
+        u, v = torch.tensor([0.5], requires_grad=True), torch.tensor([0.2, 0.4], requires_grad=True)
+        optimizer = kind(rule([u]), rule([v]))
+        for _ in range(20):
+            optimizer.step(
+                lambda u=u, v=v: (v - 1).square().sum() + u.square().sum(),
+                lambda u=u, v=v: (scale * (v - u) ** 2).sum(),
+            )
+        ends.append(torch.cat([u.detach(), v.detach()]))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("method", ["neumann", "reverse"])
+def test_methods_that_need_a_learning_rate_say_so(method):
+    u, v = torch.tensor([0.5], requires_grad=True), torch.tensor([0.2], requires_grad=True)
+    optimizer = HypergradientOptimizer([u], Plain([v]), method=method)
+    with pytest.raises(ValueError, match=r'Plain, whose groups have no learning rate.*"lr"'):
+        optimizer.step(lambda: (v - 1).square().sum(), lambda: (v - u).square().sum())
+    assert v.item() == 0.2

@@ -54,6 +54,19 @@ def test_the_next_step_goes_on_alike_or_stops_alike(seen):
     assert stopped > 5
 
 
+def test_reverse_mode_ends_on_all_where_one_could_not_go_back(tmp_path):
+    """A rank whose v was not moved as it has to be raised alone: the others waited for it."""
+    first, second = on_processes(2, tmp_path / "two", raising_hooks.going_back)
+    errors = {"raises": "ZeroDivisionError", "halves": "ValueError"}
+    for case, error in errors.items():
+        here, other = second[case], first[case]
+        assert [kind for kind, _ in here["said"]] == ["fine", error, "fine", "fine"]
+        assert [kind for kind, _ in other["said"]] == ["fine", "WorkerError", "fine", "fine"]
+        assert here["unchanged"], case
+        assert other["unchanged"], case
+        assert torch.equal(here["after"], other["after"]), case
+
+
 def test_no_rank_gathers_shards_alone(tmp_path):
     """Forward passes of sharded modules wait for all ranks: who has failed is not waited for."""
     first, second = on_processes(2, tmp_path / "two", raising_hooks.raised_beside_shards)

@@ -66,7 +66,7 @@ def carry_forward(
     error, size = norm(change(here, carried)), norm(change(here, zero))
     total = torch.zeros((), dtype=slope[0].dtype)
     for z, s in zip(carried, slope, strict=True):
-        total = total + z.flatten(1).to(s.dtype) @ s.reshape(-1)
+        total = total + z.reshape(columns, s.numel()).to(s.dtype) @ s.reshape(-1)
     parts = total.split([u.numel() for u in upper])
     indirect = tuple(p.reshape(u.shape) for p, u in zip(parts, upper, strict=True))
     return Sensitivities(indirect, float(error), float(size))

@@ -40,14 +40,20 @@ def take_lower_steps(problem: LocalProblem, rule: Optimizer, steps: int, kept: i
         silent = zip(gradients, problem.silent, strict=True)
         give(rule, [None if is_silent else gradient for gradient, is_silent in silent])
         problem.engine.attempt(partial(step_without_decay, rule), between=lower[0])
-        if left <= kept:
-            visits[-1].check_step(lower, residual)
+        if left <= kept:  # a rank whose rule failed or has a hook of its own may raise alone
+            problem.engine.attempt(partial(visits[-1].check_step, lower, residual))
     return visits
 
 
 def learning_rates(rule: Optimizer) -> tuple[float, ...]:
-    """One per parameter that moves."""
+    """One per parameter that moves; raise ``ValueError`` where the rule has none."""
     groups = rule.param_groups
+    if any("lr" not in group for group in groups):
+        raise ValueError(
+            f"lower is {type(rule).__name__}, whose groups have no learning rate; this method goes "
+            'by that of the lower steps: give the groups an "lr", pass step_size where the method '
+            'has one, or take method="cg"'
+        )
     return tuple(float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad)
 
 

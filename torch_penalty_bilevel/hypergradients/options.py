@@ -73,6 +73,11 @@ def check_options(method: str, options: MethodOptions) -> None:
     if options.max_iterations is not None:
         check_products(method, options, "max_iterations", options.max_iterations)
     maker = options.linear_optimizer
+    if maker is not None and options.step_size is not None:
+        raise ValueError(
+            f"step_size={options.step_size!r} has no effect beside linear_optimizer, which has a "
+            "learning rate of its own; pass one of them"
+        )
     if maker is not None and not callable(maker):
         raise TypeError(
             "linear_optimizer must be a function from a list of tensors to a torch optimizer, "
@@ -101,6 +106,7 @@ def check_loop(
         )
     check_method(method, {name: has for name, has in OPTIONS_OF.items() if name != "forward"})
     check_options(method, options)
+    _check_serves_loop(method, options)
     if inner_iterations is not None and method not in IMPLICIT:
         raise ValueError(
             f"inner_iterations={inner_iterations!r} has no effect with method={method!r}, which "
@@ -116,6 +122,20 @@ def check_loop(
             count_at(name, count, 0)
     if isinstance(inner_iterations, int):
         check_products(method, options, "inner_iterations", inner_iterations)
+
+
+def _check_serves_loop(method: str, options: MethodOptions) -> None:
+    """Raise ``ValueError`` for options that pure functions alone take."""
+    if method == "reverse" and options.step_size is not None:
+        raise ValueError(
+            f'step_size={options.step_size!r} has no effect with method="reverse" here, which goes '
+            "back through the steps of the lower rule; set lower_lr"
+        )
+    if method not in IMPLICIT and options.tolerance is not None:
+        raise ValueError(
+            f"tolerance={options.tolerance!r} has no effect with method={method!r} here, which "
+            "does not iterate; metrics.relative_certificate says how far its q is from exact"
+        )
 
 
 def count_at(name: str, count: Count, number: int) -> int:

@@ -164,6 +164,8 @@ def rate_left(rule: Optimizer) -> float:
     """
     shares: list[float] = []
     for group in rule.param_groups:
+        if "lr" not in group:  # of a rule of one's own, which no schedule shortens
+            continue
         rate, first = float(group["lr"]), float(group.get("initial_lr", 0.0))
         shares.append(min(1.0, rate / first) if first > 0 else float(rate != 0.0))
     return min(shares, default=1.0)
@@ -191,7 +193,7 @@ def warn_of_lost_moves(upper: Optimizer) -> None:
     """
     labels = dict(zip(map(id, parameters(upper)), names(upper, "upper"), strict=True))
     for group in upper.param_groups:
-        rate = float(group["lr"])
+        rate = float(group.get("lr", 0.0))  # a rule of one's own may have none, or another name
         for u in group["params"]:
             if torch.finfo(u.dtype).bits > 16 or not (u.requires_grad and u.numel()):
                 continue

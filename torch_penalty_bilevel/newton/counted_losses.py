@@ -61,9 +61,6 @@ class FlatLevel:
         if not self.leaves:
             raise ValueError(f"{name} is empty; give a pytree with at least one tensor")
         for label, leaf in zip(self.structure.names, self.leaves, strict=True):
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():  # pyright: ignore
-                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__  # pyright: ignore
-                raise TypeError(f"{label} must be a floating-point tensor, got {kind}")
             require_finite(f"{label} at the start", leaf)
         self.sizes = [leaf.numel() for leaf in self.leaves]
         if not sum(self.sizes):

@@ -92,8 +92,10 @@ class HypergradientOptimizer(RemembersAdjoint):
         process_group: of torch.distributed, for ``"mean"``; default: all processes.
         allow_unused: accept upper parameters that no loss depends on; they do not move.
         upper_constraint: a projection of ``constraints``: projected hypergradient descent.
-        tolerance, damping, truncation, samples: as in ``functional.hypergradient``.
-        step_size: likewise; default: 1 for a map, else the lower level's smallest learning rate.
+        tolerance, damping, truncation, samples: as in ``functional.hypergradient``; tolerance of
+            methods that solve for q.
+        step_size: likewise, but of ``"reverse"``; default: 1 for a map, else the lower level's
+            smallest learning rate.
         linear_optimizer: likewise, ``"stochastic"`` and ``"approx_grad"``; made anew in every step.
 
     Raises:
@@ -353,7 +355,8 @@ class HypergradientOptimizer(RemembersAdjoint):
 
     def _options_at(self, number: int) -> MethodOptions:
         options = self._options
-        if options.step_size is None and self.method in _OF_LEARNING_RATE:
+        given = options.step_size is not None or options.linear_optimizer is not None
+        if not given and self.method in _OF_LEARNING_RATE:
             step = 1.0 if self.lower_is_map else min(learning_rates(self.lower))
             options = replace(options, step_size=step)
         if self.method not in IMPLICIT:

@@ -9,6 +9,12 @@ is evaluated once when all of them are: each part goes on where the one before l
 Clones are swapped in, never written back with ``copy_`` while a graph is pending: batch
 normalisation changes its running statistics without telling autograd, and the backward pass
 of an earlier evaluation would silently use the new values.
+
+Activation checkpointing runs modules once more in a backward pass, between evaluations, and moves
+what they hold then. So every evaluation starts from copies, which are put back as well.
+
+Odd buffers (sparse, nested, quantised, expanded or inference tensors) cannot be compared or written
+into like others: they move where autograd was told so, by another tensor in their place.
 """
 
 from __future__ import annotations
@@ -47,6 +53,10 @@ class BufferGuard:
         self._scope = scope
         self._roots: dict[int, tuple[object, Sequence[nn.Module]]] = {}
         self._originals: dict[nn.Module, Buffers] = {}
+        self._before: dict[nn.Module, Buffers] = {}
+        """Copies of the originals, made when the step met the module."""
+        self._odd: dict[nn.Module, Buffers] = {}
+        """Those originals that are."""
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
         self._passed: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
@@ -91,10 +101,11 @@ class BufferGuard:
             else:
                 yield
             for module, own in clones.items():
+                odd = self._odd[module]
                 if turn.total > 1:
-                    passed[module] = _Moved.of(module, own, passed.get(module))
+                    passed[module] = _Moved.of(module, own, odd, passed.get(module))
                 elif module not in self._first[level]:
-                    self._first[level][module] = _Moved.of(module, own)
+                    self._first[level][module] = _Moved.of(module, own, odd)
             # A search may call a part more than once.
             if 1 < turn.total == turn.number + 1 and not self._scope.searches:
                 for module, moved in passed.items():
@@ -122,7 +133,9 @@ class BufferGuard:
         if module not in self._originals:
             held = {name: b for name, b in module._buffers.items() if b is not None}
             self._originals[module] = held
-        held = self._originals[module]
+            self._before[module] = {name: b.clone() for name, b in held.items()}
+            self._odd[module] = {name: b for name, b in held.items() if _is_odd(b)}
+        held = self._before[module]
         if module in passed:  # whose graph is not part of this one
             held = {name: b.detach() for name, b in passed[module].buffers.items()}
         clones[module] = {name: b.clone() for name, b in held.items()}
@@ -134,34 +147,56 @@ class BufferGuard:
         targets: list[Tensor] = []
         values: list[Tensor] = []
         for module, originals in self._originals.items():
-            for name, value in self._final(module, originals).items():
-                if value.shape == originals[name].shape:
+            _put(originals, module)
+            before, odd = self._before[module], self._odd[module]
+            for name, value in (before | odd | self._final(module, before, odd)).items():
+                if name in odd and value is odd[name]:
+                    continue
+                if name not in odd and value.shape == originals[name].shape:
                     targets.append(originals[name])
                     values.append(value)
                 else:  # a memory bank that has grown
                     module._buffers[name] = value.detach()
         if targets:
             torch._foreach_copy_(targets, values)
-        self._originals.clear()
-        for held in (*self._first.values(), *self._passed.values()):
+        memory = (self._originals, self._before, self._odd)
+        for held in (*memory, *self._first.values(), *self._passed.values()):
             held.clear()
 
-    def _final(self, module: nn.Module, originals: Buffers) -> Buffers:
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Let no buffer have moved."""
+        for module, originals in self._originals.items():
+            _put(originals, module)
+            for name in originals.keys() - self._odd[module].keys():
+                originals[name].copy_(self._before[module][name])
+
+    def _final(self, module: nn.Module, before: Buffers, odd: Buffers) -> Buffers:
         lower, upper = (self._first[level].get(module) for level in ("lower", "upper"))
         if lower is None or upper is None:
-            return (lower or upper or _Moved({}, False)).buffers
-        if lower.surely:
+            return (lower or upper or _Moved({}, set())).buffers
+        if lower.told:
             return lower.buffers
         # Without asking the device, which would wait for it: did the lower loss move any of them?
-        device = next(iter(originals.values())).device
-        changes = [(lower.buffers[n] != b).any().to(device) for n, b in originals.items()]
+        plain = {name: b for name, b in before.items() if name not in odd}
+        if not plain:
+            return upper.buffers
+        device = next(iter(plain.values())).device
+        changes = [(lower.buffers[n] != b).any().to(device) for n, b in plain.items()]
         moved = torch.stack(changes).any()
-        if any(upper.buffers[n].shape != b.shape for n, b in originals.items()):
+        if any(upper.buffers[n].shape != b.shape for n, b in plain.items()):
             return (lower if moved else upper).buffers
-        return {
-            n: torch.where(moved.to(b.device), b, upper.buffers[n])
-            for n, b in lower.buffers.items()
+        return upper.buffers | {
+            n: torch.where(moved.to(b.device), lower.buffers[n], upper.buffers[n])
+            for n, b in plain.items()
         }
+
+
+def _is_odd(buffer: Tensor) -> bool:
+    if buffer.layout != torch.strided or buffer.is_nested or buffer.is_quantized:
+        return True
+    repeats = (n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride(), strict=True))
+    return buffer.is_inference() or any(repeats)
 
 
 def _put(buffers: Buffers, module: nn.Module) -> None:
@@ -173,14 +208,17 @@ class _Moved(NamedTuple):
     """A module's buffers after an evaluation that may have used it."""
 
     buffers: Buffers
-    surely: bool
-    """Was one replaced or written into? If not, kernels that do not tell autograd may have."""
+    told: set[str]
+    """Which were replaced or written into; of others kernels may have, and not told autograd."""
 
     @classmethod
-    def of(cls, module: nn.Module, clones: Buffers, before: _Moved | None = None) -> _Moved:
+    def of(
+        cls, module: nn.Module, clones: Buffers, odd: Buffers, before: _Moved | None = None
+    ) -> _Moved:
         now = dict(clones)
         for name in clones:  # a module may have replaced its buffer instead of writing into it
             if (held := module._buffers.get(name)) is not None:
                 now[name] = held
-        surely = any(now[n] is not clone or clone._version > 0 for n, clone in clones.items())
-        return cls(now, surely or (before is not None and before.surely))
+        told = {n for n, clone in clones.items() if now[n] is not clone or clone._version > 0}
+        told |= set() if before is None else before.told
+        return cls(now | {n: b for n, b in odd.items() if n not in told}, told)

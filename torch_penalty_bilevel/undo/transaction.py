@@ -35,6 +35,7 @@ def all_or_nothing(
     except BaseException:
         for copy in copies:
             copy.restore()
+        guard.undo()
         random.restore()
         raise
     guard.commit()
@@ -56,10 +57,12 @@ def rehearsal(
     random = RandomState(devices)
     parameters = [p for rule in rules for group in rule.param_groups for p in group["params"]]
     saved = [(p, p.detach().clone(), p.grad) for p in parameters]
+    guard = BufferGuard(scope)  # never committed
     try:
         with scope.searching():
-            yield BufferGuard(scope)  # never committed, so the buffers stay
+            yield guard
     finally:
+        guard.undo()
         with torch.no_grad():
             for parameter, value, grad in saved:
                 parameter.copy_(value)
