@@ -30,8 +30,8 @@ def log_metrics(
         metrics: ``optimizer.metrics``.
         logger: TensorBoard's ``SummaryWriter``; a run of Weights & Biases; a Lightning module (in
             its ``training_step``) or logger, or ``Fabric``; an ``Accelerator``; the module
-            ``mlflow``; or a function that takes a dict, and ``step=`` where one is given: ``print``, ``trainer.log`` or
-            ``functools.partial(self.log_dict, prog_bar=True)``.
+            ``mlflow``; or a function that takes a dict, and ``step=`` where one is given:
+            ``print``, ``trainer.log`` or ``functools.partial(self.log_dict, prog_bar=True)``.
         step: where the numbers stand on the axis. TensorBoard needs it; a Lightning module counts
             by itself; the others count their calls without.
         prefix: of every name.
