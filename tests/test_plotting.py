@@ -144,9 +144,9 @@ def test_what_is_no_history_and_no_report_is_named():
     optimizer, f, g = problem()
     optimizer.step(f, g)
     for one in (optimizer.metrics, optimizer.metrics.as_dict()):
-        with pytest.raises(TypeError, match="history is .*, the numbers of one step; keep"):
+        with pytest.raises(TypeError, match=r"history is .*, the numbers of one step; keep"):
             plot_metrics(one)
-    with pytest.raises(TypeError, match="report is Metrics; give what optimizer.check_hyper"):
+    with pytest.raises(TypeError, match=r"report is Metrics; give what optimizer.check_hyper"):
         plot_report(optimizer.metrics)
 
 
