@@ -69,8 +69,10 @@ class BilevelTrainer(Trainer):
 
     Raises:
         ValueError: what the bilevel step does not go with: ``fp16`` (use ``bf16``), weight decay,
-            ``model_init``, ``auto_find_batch_size``, anything in ``optimizers``, DataParallel,
-            DeepSpeed, FSDP; an empty ``upper_dataset``; a checkpoint without ``upper.pt``.
+            ``model_init``, ``auto_find_batch_size``, rules for v that work in backward or in
+            ``train()`` and ``eval()`` (LOMO, layerwise, schedule-free), anything in
+            ``optimizers``, DataParallel, DeepSpeed, FSDP; an empty ``upper_dataset``; a checkpoint
+            without ``upper.pt``.
         TypeError: ``upper`` is no module, or ``upper_dataset`` has no length.
         NotImplementedError: ``compute_lower_loss`` was not written.
     """
@@ -111,7 +113,13 @@ class BilevelTrainer(Trainer):
         self._direction_norm = math.nan
 
     def _refuse(self) -> None:
+        rule = str(getattr(self.args.optim, "value", self.args.optim))
         unserved = {
+            # Rules that move v in train(), in eval() or in backward, none of which is called here.
+            f"optim={rule!r}": (
+                rule.startswith(("schedule_free", "lomo", "adalomo")) or rule.endswith("layerwise"),
+                "a rule whose step alone moves v, such as 'adamw_torch'",
+            ),
             "fp16=True": (self.args.fp16, "bf16=True, which needs no GradScaler"),
             "model_init": (self.model_init is not None, "model=..., since u is made only once"),
             "auto_find_batch_size=True": (  # it begins anew, with the u and v of the failed try
