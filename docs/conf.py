@@ -41,6 +41,8 @@ toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autosummary_generate = False
+# Not in the environment of `make docs`; what is documented of the integrations is their own.
+autodoc_mock_imports = ["accelerate", "lightning", "transformers"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

@@ -63,8 +63,10 @@ def learned(
 def main() -> None:
     """Learn together, then alone, and compare."""
     parser = command.parser(__spec__, __doc__)
-    parser.add_argument("--steps", type=int, default=100, help="upper steps (100)")
-    parser.add_argument("--batch", type=int, default=96, help="images of all ranks together (96)")
+    parser.add_argument("--steps", type=command.count, default=100, help="upper steps (100)")
+    parser.add_argument(
+        "--batch", type=command.count, default=96, help="images of all ranks together (96)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the data and the network (0)")
     options = parser.parse_args()
     rank, world = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))

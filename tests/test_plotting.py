@@ -129,6 +129,27 @@ def test_of_a_large_u_every_nth_entry_and_no_slopes_where_none_were_solved():
     assert entries.get_lines()[0].get_xdata() == pytest.approx(report.exact[0][::3].tolist())
 
 
+def test_of_one_entry_the_diagonal_is_a_line_too():
+    """It is what the entry is to be seen beside."""
+    optimizer, f, g = problem(size=1)
+    optimizer.step(f, g)
+    report = optimizer.check_hypergradient(f, g)
+    exact, estimate = float(report.exact[0]), float(report.estimate[0])
+    assert abs(exact - estimate) > 1e-3
+    equal = lines(plot_report(report).axes[0])["equal"]
+    assert list(equal.get_xdata()) == list(equal.get_ydata()) == sorted([exact, estimate])
+
+
+def test_what_is_no_history_and_no_report_is_named():
+    optimizer, f, g = problem()
+    optimizer.step(f, g)
+    for one in (optimizer.metrics, optimizer.metrics.as_dict()):
+        with pytest.raises(TypeError, match=r"history is .*, the numbers of one step; keep"):
+            plot_metrics(one)
+    with pytest.raises(TypeError, match=r"report is Metrics; give what optimizer.check_hyper"):
+        plot_report(optimizer.metrics)
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"plot_metrics.*torch_penalty_bilevel\[plot\]"):

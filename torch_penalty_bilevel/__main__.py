@@ -1,4 +1,4 @@
-"""``python -m torch_penalty_bilevel``: the first example of the README, with what it is worth.
+"""python -m torch_penalty_bilevel: the first example of the README, with what it is worth.
 
 Half of some labels are wrong; which? u is one weight per sample, v a linear model trained on the
 weighted samples, f its loss on a hundred trusted ones. On scikit-learn's handwritten digits where
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -143,6 +146,19 @@ Where to go next:
       every argument; README.md and docs/ of the source have the rest, examples/ larger problems"""
 
 
+def no_picture(file: str) -> str:
+    """Why nothing can be drawn into ``file``; empty where it can."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return 'matplotlib is not installed; pip install "torch_penalty_bilevel[plot]"'
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(file).absolute()
+    known = sorted(FigureCanvasBase.filetypes)
+    if path.suffix[1:].lower() not in known:
+        return f"its name has to end with the kind of picture, one of {', '.join(known)}"
+    return "" if path.parent.is_dir() else f"{path.parent} is no folder"
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -156,6 +172,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must lie in [0, 2^63), got {options.seed}")
+    if options.plot and (why := no_picture(options.plot)):
+        parser.error(f"--plot {options.plot}: {why}")
     torch.manual_seed(options.seed)
     data = mislabelled()
     run = learned(data, options.steps)
@@ -169,4 +189,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # "| head -1" has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

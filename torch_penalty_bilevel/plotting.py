@@ -55,7 +55,7 @@ def plot_metrics(history: Iterable[Metrics | Mapping[str, float]]) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw.
-        TypeError: an entry has no metrics.
+        TypeError: an entry has no metrics, or ``history`` is that of one step.
 
     Example:
         >>> import torch
@@ -68,6 +68,12 @@ def plot_metrics(history: Iterable[Metrics | Mapping[str, float]]) -> Figure:
         >>> figure = plot_metrics(history)  # doctest: +SKIP
     """
     plt = _pyplot("plot_metrics")
+    given: Any = history
+    if isinstance(given, (Metrics, Mapping)):
+        raise TypeError(
+            f"history is {type(given).__name__}, the numbers of one step; keep optimizer.metrics "
+            "of each in a list"
+        )
     rows = [_row(entry, i) for i, entry in enumerate(history)]
     if not rows:
         raise ValueError(
@@ -99,8 +105,15 @@ def plot_report(report: HypergradientReport) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: ``report`` is none.
     """
     plt = _pyplot("plot_report")
+    given: Any = report
+    if not isinstance(given, HypergradientReport):
+        raise TypeError(
+            f"report is {type(given).__name__}; give what optimizer.check_hypergradient(...) "
+            "returned"
+        )
     count = 1 + bool(report.slopes)
     figure, axes = plt.subplots(
         1, count, figsize=(4.5 * count, 4.5), squeeze=False, layout="constrained"
@@ -158,7 +171,8 @@ def _entries(axis: Axes, report: HypergradientReport) -> None:
     )
     every = math.ceil(len(exact) / _MOST_POINTS)
     axis.plot(exact[::every].tolist(), estimate[::every].tolist(), ".", label="entries of u")
-    ends = [float(exact.min()), float(exact.max())]
+    both = torch.cat([exact, estimate])  # of a single entry the exact one alone is no line
+    ends = [float(both.min()), float(both.max())]
     axis.plot(ends, ends, color="grey", linestyle=":", label="equal")
     axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel("exact, by implicit differentiation")

@@ -110,7 +110,7 @@ class Experiment:
         """Now there is something to write: a command that was mistyped leaves old runs alone."""
         if self._begun:
             return
-        if not self.options.resume and (self.out / "runs.jsonl").exists():
+        if not self.options.resume and self.record.path.exists() and _holds_numbers(self.out):
             _move_aside(self.out)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -171,6 +171,11 @@ def command_line(name: str, words: Sequence[str]) -> str:
         elif flag != "--resume":
             kept.append(word)
     return " ".join(kept)
+
+
+def _holds_numbers(folder: Path) -> bool:
+    """Not what a command leaves that failed before its first run, as where data were missing."""
+    return any(file.is_file() and file.stat().st_size for file in folder.rglob("*"))
 
 
 def _move_aside(folder: Path) -> None:

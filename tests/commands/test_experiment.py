@@ -178,6 +178,14 @@ class TestExperiment:
         assert len(list(tmp_path.glob("out*/runs.jsonl"))) == 3
         assert "moved to" in capsys.readouterr().err
 
+    def test_what_failed_before_its_first_run_is_not_kept(self, tmp_path, capsys):
+        options = parsed("--out", str(tmp_path / "out"))
+        for _ in range(2):
+            with pytest.raises(KeyError):  # no data
+                Experiment("sample", options).perform(self.plan(0), lambda line, goes: line["x"])
+        self.perform(Experiment("sample", options), self.plan(0))
+        assert "moved to" not in capsys.readouterr().err
+
     def test_the_file_of_results_holds_the_runs_of_the_plan_and_no_path(
         self, tmp_path, monkeypatch
     ):

@@ -98,3 +98,38 @@ def test_wrong_numbers_and_help(capsys, monkeypatch):
     help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert help_text.startswith("usage: python -m torch_penalty_bilevel")
     assert all(option in help_text for option in ("--seed", "--steps", "--plot"))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--seed", "-1"], "--seed must lie in"),
+        (["--seed", str(2**64)], "--seed must lie in"),
+        (["--plot", "none/run.png"], "none is no folder"),
+        (["--plot", "run.foo"], "its name has to end with the kind of picture, one of .*png"),
+        (["--plot", "run"], "its name has to end with the kind of picture"),
+    ],
+)
+def test_flags_are_looked_at_before_the_run(capsys, monkeypatch, words, why):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(first, "learned", None)
+    monkeypatch.setattr(sys, "argv", ["torch_penalty_bilevel", *words])
+    with pytest.raises(SystemExit):
+        first.main()
+    assert re.search(why, capsys.readouterr().err)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_run(monkeypatch):
+    find = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "matplotlib" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    assert "[plot]" in first.no_picture("run.png")
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    """As ``| head -1`` is."""
+    words = [sys.executable, "-m", "torch_penalty_bilevel", "--steps", "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 0

@@ -71,3 +71,13 @@ def test_a_folder_of_data_is_there_and_is_not_made(tmp_path, capsys):
         told = capsys.readouterr().err
         assert f"{tmp_path / name} is no folder; make it first" in told
     assert not (tmp_path / "mistyped").exists()
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch"])
+def test_the_counts_of_data_parallel_are_positive(flag, capsys, monkeypatch):
+    from examples import data_parallel
+
+    monkeypatch.setattr("sys.argv", ["data_parallel", flag, "0"])
+    with pytest.raises(SystemExit):
+        data_parallel.main()
+    assert f"{flag}: must be a whole number, at least 1, got 0" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -118,6 +119,42 @@ def test_closures_that_would_all_see_the_last_batch_are_refused():
         with pytest.raises(ValueError, match=r"micro-batch 1 reads the variables .* lambda batch="):
             loop()
         assert same(before, net)
+
+
+@pytest.mark.parametrize("place", ["nonlocal", "global"])
+def test_an_upper_loss_that_would_see_a_later_batch_is_refused(place):
+    """A loop in a function, and one of a script."""
+    accelerator, net, wrapped, loader = prepared(Ridge(), steps=2)
+    waiting = micro.MicroBatches(accelerator, wrapped)
+    before = copy.deepcopy(net)
+    lines = [
+        "for x, y in loader:",
+        "    with accelerator.accumulate(net):",
+        "        waiting.step(lambda: net.f(x, y), lambda x=x, y=y: net.g(x, y))",
+    ]
+    if place == "nonlocal":
+        lines = ["def loop():", *(f"    {line}" for line in lines), "loop()"]
+    names = {"accelerator": accelerator, "net": net, "waiting": waiting, "loader": loader}
+    with pytest.raises(ValueError, match=r"upper_closure of micro-batch 0 reads has changed"):
+        exec("\n".join(lines), names)
+    assert same(before, net)
+    assert len(waiting) == 0
+
+
+def test_one_upper_loss_may_serve_all_micro_batches():
+    accelerator, net, wrapped, loader = prepared(Ridge(), steps=2)
+    waiting = micro.MicroBatches(accelerator, wrapped)
+    x, y = next(iter(data()))
+    lines = [
+        "for x, y in loader:  # not the x that is an attribute",
+        "    with accelerator.accumulate(net):",
+        "        f = lambda: net.f(trusted.x, trusted.y)",
+        "        found.append(waiting.step(f, lambda x=x, y=y: net.g(x, y)))",
+    ]
+    names = {"accelerator": accelerator, "net": net, "waiting": waiting, "loader": loader}
+    names |= {"trusted": types.SimpleNamespace(x=x, y=y), "found": []}
+    exec("\n".join(lines), names)
+    assert [each is None for each in names["found"]] == [True, False, True, False, False]
 
 
 def test_steps_that_accelerate_leaves_out_are_named_once():

@@ -182,6 +182,33 @@ def test_a_lightning_module_counts_by_itself():
         log_metrics(metrics, module, step=3)
 
 
+def test_fabric_takes_a_step(tmp_path):
+    fabric = pytest.importorskip("lightning.fabric")
+    logger = fabric.loggers.CSVLogger(tmp_path)
+    runs = fabric.Fabric(accelerator="cpu", loggers=logger)
+    *_, (_, metrics) = Solving().steps(1)
+    log_metrics(metrics, runs, step=4)
+    logger.save()
+    (file,) = tmp_path.rglob("metrics.csv")
+    head, row = (line.split(",") for line in file.read_text().splitlines())
+    assert float(row[head.index("step")]) == 4
+    assert float(row[head.index("bilevel/upper_loss")]) == 2.0
+
+
+def test_mlflow_s_log_dict_writes_a_file_and_is_passed_over():
+    class LikeMlflow:
+        def log_dict(self, dictionary, artifact_file, run_id=None):
+            raise AssertionError
+
+        def log_metrics(self, metrics, step=None, synchronous=None):
+            self.written = metrics, step
+
+    *_, (_, metrics) = Solving().steps(1)
+    mlflow = LikeMlflow()
+    for step in (3, None):
+        assert (log_metrics(metrics, mlflow, step=step), step) == mlflow.written
+
+
 @pytest.mark.parametrize("logger", [None, nn.Linear(1, 1), dict, "runs"])
 def test_what_is_no_logger_is_named(logger):
     *_, (_, metrics) = Solving().steps(1)

@@ -40,6 +40,10 @@ def sgd(model):
         ({"fp16": True}, r"fp16=True; use bf16=True"),
         ({"model_init": lambda: gpt2()}, r"model_init; use model="),
         ({"optimizers": "SGD"}, r"optimizers has SGD; leave it out"),
+        ({"optim": "schedule_free_adamw"}, r"optim='schedule_free_adamw'; use a rule whose step"),
+        ({"optim": "adalomo"}, r"optim='adalomo'; use a rule whose step"),
+        ({"optim": "galore_adamw_layerwise"}, r"optim='galore_adamw_layerwise'; use a rule"),
+        ({"auto_find_batch_size": True}, r"auto_find_batch_size=True; use a per_device_train"),
         ({"upper_every": 0}, r"upper_every must be an integer >= 1, got 0"),
     ],
 )
@@ -77,3 +81,29 @@ def test_the_default_upper_loss_is_the_model_s(tmp_path):
     inputs = {key: batch[key] for key in ("input_ids", "labels")}
     run.model.eval()
     assert torch.equal(run.compute_upper_loss(run.model, inputs), upper_loss(run.model, inputs))
+
+
+def test_a_scheduler_of_another_optimizer_is_refused(tmp_path):
+    model = gpt2()
+    schedule = torch.optim.lr_scheduler.ConstantLR(sgd(model))
+    with pytest.raises(ValueError, match=r"optimizers has ConstantLR; .* lr_scheduler_type"):
+        trainer(tmp_path, model=model, optimizers=(None, schedule))
+
+
+def test_an_upper_dataset_without_rows_is_named(tmp_path):
+    class Nothing(Rows):
+        def __len__(self):
+            return 0
+
+        def __bool__(self):
+            return True
+
+    with pytest.raises(ValueError, match="upper_dataset is empty"):
+        trainer(tmp_path, clean=Nothing(1))
+
+
+def test_what_is_logged_before_the_training_has_no_metrics(tmp_path):
+    run = trainer(tmp_path)
+    run.log({"loss": 1.0})
+    assert run.state.log_history[-1]["loss"] == 1.0
+    assert not any(key.startswith("bilevel_") for key in run.state.log_history[-1])

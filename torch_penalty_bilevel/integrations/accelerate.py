@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,7 @@ class MicroBatches:
     def __init__(self, accelerator: Accelerator, optimizer: Any) -> None:
         self.accelerator, self.optimizer = accelerator, optimizer
         self._waiting: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []
+        self._held: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         """How many wait."""
@@ -56,8 +59,9 @@ class MicroBatches:
             lower_closure: likewise.
 
         Raises:
-            ValueError: a lower closure reads the same variables as the one before, so that it would
-                see the batch of the last one by the time it is called.
+            ValueError: a lower closure reads the same variables as the one before, or a variable
+                that an upper one reads has changed since, so that it would see the batch of the
+                last one by the time it is called. Nothing waits then.
         """
         if any(_reads(lower_closure) == _reads(before) for _, before in self._waiting):
             raise ValueError(
@@ -65,13 +69,36 @@ class MicroBatches:
                 "so that all would see the last batch; bind it: lambda batch=batch: ..."
             )
         self._waiting.append((upper_closure, lower_closure))
+        self._held.append(_variables(upper_closure))
         if not self.accelerator.sync_gradients:
             return None
         uppers, lowers = (list(closures) for closures in zip(*self._waiting, strict=True))
+        held = self._held.copy()
         self._waiting.clear()
+        self._held.clear()
+        for number, (upper, before) in enumerate(zip(uppers, held, strict=True)):
+            now = _variables(upper)  # as before, where one f serves all: the whole trusted set
+            if any(now.get(name) is not value for name, value in before.items()):
+                raise ValueError(
+                    f"a variable that upper_closure of micro-batch {number} reads has changed "
+                    "since, so that it would see a later batch; bind it: lambda batch=batch: ..."
+                )
         # AcceleratedOptimizer.step returns nothing.
         self.optimizer.step((uppers, lowers))
         return getattr(self.optimizer, "optimizer", self.optimizer).metrics.upper_loss
+
+
+def _variables(closure: Any) -> dict[str, Any]:
+    """What the enclosing and global variables that a function reads hold now."""
+    if isinstance(closure, functools.partial):
+        return _variables(closure.func)
+    function = getattr(closure, "__func__", closure)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    read = {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}
+    around = inspect.getclosurevars(function)  # whose globals are those of attributes' names too
+    return {name: v for name, v in around.globals.items() if name in read} | {**around.nonlocals}
 
 
 def _reads(closure: Any) -> tuple[Any, ...]:

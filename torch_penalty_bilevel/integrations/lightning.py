@@ -30,7 +30,8 @@ class BilevelCallback(Callback):
     ``self.optimizers().step(closure=f, lower_closure=g)``. Everything else is in Lightning's
     checkpoints already, u too where the module has it; the state of the random generators is not,
     so that a resumed run draws other dropout masks and another order of the data. Lightning
-    goes on with an epoch that was cut only where the loader has a ``state_dict``: save at its end.
+    goes on with an epoch that was cut only where the loader has a ``state_dict``: save at its end
+    (``ModelCheckpoint(save_on_train_epoch_end=True)``, which ``val_check_interval`` alone is not).
 
     Args:
         prog_bar: metrics that the progress bar shows.

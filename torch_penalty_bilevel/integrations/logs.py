@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,9 @@ from torch.nn import Module
 from ..metrics import Metrics
 
 _METHODS = ("log_dict", "log", "log_metrics")
-"""Lightning's modules; runs of Weights & Biases, Accelerate, Trainer; Lightning's loggers.
-
-In this order: Trainer has a ``log_metrics`` that is something else.
+"""Lightning's modules, Fabric; runs of Weights & Biases, Accelerate, Trainer; Lightning's loggers,
+MLflow. The first that takes a dict alone: MLflow's ``log_dict`` writes a file, Trainer's
+``log_metrics`` takes a split.
 """
 
 
@@ -28,9 +29,9 @@ def log_metrics(
     Args:
         metrics: ``optimizer.metrics``.
         logger: TensorBoard's ``SummaryWriter``; a run of Weights & Biases; a Lightning module (in
-            its ``training_step``) or logger; an ``Accelerator``; or a function that takes a dict,
-            and ``step=`` where one is given: ``print``, ``trainer.log`` or
-            ``functools.partial(self.log_dict, prog_bar=True)``.
+            its ``training_step``) or logger, or ``Fabric``; an ``Accelerator``; the module
+            ``mlflow``; or a function that takes a dict, and ``step=`` where one is given:
+            ``print``, ``trainer.log`` or ``functools.partial(self.log_dict, prog_bar=True)``.
         step: where the numbers stand on the axis. TensorBoard needs it; a Lightning module counts
             by itself; the others count their calls without.
         prefix: of every name.
@@ -69,17 +70,31 @@ def _writer(logger: Any, step: int | None) -> Callable[..., Any]:
                 "number of the batch"
             )
         return _scalars(logger)
-    method = next((name for name in _METHODS if callable(getattr(logger, name, None))), None)
-    if method == "log_dict" and step is not None:
-        raise ValueError(f"step is {step}, but a Lightning module counts by itself; leave it out")
-    if method is not None:
-        return getattr(logger, method)
+    methods = ((name, getattr(logger, name, None)) for name in _METHODS)
+    for name, method in methods:
+        if callable(method) and _takes(method):
+            if name == "log_dict" and step is not None and not _takes(method, step=step):
+                raise ValueError(
+                    f"step is {step}, but a Lightning module counts by itself; leave it out"
+                )
+            return method
     if callable(logger) and not isinstance(logger, (Module, type)):
         return logger
     raise TypeError(
         f"logger is {type(logger).__name__}; give a SummaryWriter, a run of Weights & Biases, a "
         "Lightning module or logger, or a function that takes a dict (and step=)"
     )
+
+
+def _takes(method: Callable[..., Any], **named: int) -> bool:
+    """Whether it can be called with a dict, and with ``named``."""
+    try:
+        inspect.signature(method).bind({}, **named)
+    except TypeError:
+        return False
+    except ValueError:  # written in another language, which does not say
+        return True
+    return True
 
 
 def _scalars(writer: Any) -> Callable[..., None]:

@@ -43,12 +43,14 @@ class BilevelTrainer(Trainer):
         trainer = Mixer(
             model, args, train_dataset=train, upper=weights, upper_dataset=clean, upper_lr=0.1,
             optimizer_options={"curvature": "finite_difference"},
-        )
+        )  # remove_unused_columns=False in args, or "source" is gone
         trainer.train(resume_from_checkpoint=True)
 
     v's rule is the one that ``args`` ask for, with ``weight_decay=0`` (decay that is not part of g
-    is refused); a scheduler scales the rates of both levels. ``max_grad_norm`` clips the direction
-    of v, ``grad_norm`` is its norm before that. ``gradient_accumulation_steps`` are micro-batches
+    is refused); a scheduler scales the rates of both levels, a rate that it ends at is of v.
+    ``max_grad_norm`` clips the direction of v (0 or less does not), ``grad_norm`` is its norm
+    before that. ``label_smoothing_factor`` and ``compute_loss_func`` reach ``compute_loss``: f as
+    it comes, and g only where it calls that. ``gradient_accumulation_steps`` are micro-batches
     that count alike, however many tokens they have. The log has g as ``loss``, v's rate as
     ``learning_rate`` and the optimizer's ``metrics`` as ``bilevel_...``. Checkpoints have
     ``upper.pt`` beside the model: u and the place in ``upper_dataset``; a resumed run is bit-equal
@@ -67,8 +69,10 @@ class BilevelTrainer(Trainer):
 
     Raises:
         ValueError: what the bilevel step does not go with: ``fp16`` (use ``bf16``), weight decay,
-            ``model_init``, an optimizer in ``optimizers`` that is not bilevel, DataParallel,
-            DeepSpeed, FSDP; a checkpoint without ``upper.pt``.
+            ``model_init``, ``auto_find_batch_size``, rules for v that work in backward or in
+            ``train()`` and ``eval()`` (LOMO, layerwise, schedule-free), anything in
+            ``optimizers``, DataParallel, DeepSpeed, FSDP; an empty ``upper_dataset``; a checkpoint
+            without ``upper.pt``.
         TypeError: ``upper`` is no module, or ``upper_dataset`` has no length.
         NotImplementedError: ``compute_lower_loss`` was not written.
     """
@@ -84,16 +88,19 @@ class BilevelTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         given: Any = upper
+        rows: Any = upper_dataset
         if not isinstance(given, nn.Module):
             raise TypeError(
                 f"upper is {type(given).__name__}; give a module whose parameters are u, such as "
                 "torch_penalty_bilevel.nn.SourceWeights(3)"
             )
-        if not hasattr(upper_dataset, "__len__"):
+        if not hasattr(rows, "__len__"):
             raise TypeError(
-                f"upper_dataset is {type(upper_dataset).__name__}, which has no length, so that a "
+                f"upper_dataset is {type(rows).__name__}, which has no length, so that a "
                 "resumed run could not find its place; give a dataset with one"
             )
+        if len(rows) == 0:
+            raise ValueError("upper_dataset is empty, so that there is no f; give it rows")
         check_count("upper_every", upper_every, at_least=1)
         super().__init__(*args, **kwargs)
         self._refuse()
@@ -106,9 +113,19 @@ class BilevelTrainer(Trainer):
         self._direction_norm = math.nan
 
     def _refuse(self) -> None:
+        rule = str(getattr(self.args.optim, "value", self.args.optim))
         unserved = {
+            # Rules that move v in train(), in eval() or in backward, none of which is called here.
+            f"optim={rule!r}": (
+                rule.startswith(("schedule_free", "lomo", "adalomo")) or rule.endswith("layerwise"),
+                "a rule whose step alone moves v, such as 'adamw_torch'",
+            ),
             "fp16=True": (self.args.fp16, "bf16=True, which needs no GradScaler"),
             "model_init": (self.model_init is not None, "model=..., since u is made only once"),
+            "auto_find_batch_size=True": (  # it begins anew, with the u and v of the failed try
+                self.args.auto_find_batch_size,
+                "a per_device_train_batch_size that fits, of both losses",
+            ),
             "several GPUs in one process": (self.args.n_gpu > 1, "torchrun, one process per GPU"),
             "DeepSpeed": (self.is_deepspeed_enabled, "torchrun with plain DDP"),
             "FSDP": (self.is_fsdp_enabled, "torchrun with plain DDP, or a loop of your own"),
@@ -116,13 +133,16 @@ class BilevelTrainer(Trainer):
         for what, (is_given, remedy) in unserved.items():
             if is_given:
                 raise ValueError(f"BilevelTrainer does not go with {what}; use {remedy}")
-        rule: Any = self.optimizer
-        if rule is not None:
-            raise ValueError(
-                f"optimizers has {type(rule).__name__}; leave it out, and give options of "
-                "PenaltyBilevelOptimizer in optimizer_options; v's rule is chosen by args.optim, "
-                "or by optimizer_cls_and_kwargs"
-            )
+        given: tuple[Any, ...] = (self.optimizer, self.lr_scheduler)
+        for each in given:
+            if (
+                each is not None
+            ):  # a scheduler would move the rates of an optimizer that is not used
+                raise ValueError(
+                    f"optimizers has {type(each).__name__}; leave it out, and give options of "
+                    "PenaltyBilevelOptimizer in optimizer_options; v's rule is chosen by "
+                    "args.optim, or by optimizer_cls_and_kwargs, the schedule by lr_scheduler_type"
+                )
 
     # The losses.
 
@@ -142,6 +162,7 @@ class BilevelTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The bilevel optimizer around the rule for v that ``Trainer`` would train with."""
+        self._waiting.clear()  # of a run that was cut within an accumulation
         made: Any = self.optimizer
         if made is None:
             lower = super().create_optimizer(*(() if model is None else (model,)))
@@ -152,13 +173,16 @@ class BilevelTrainer(Trainer):
                 upper_lr=self.upper_lr,
                 **(options | self.optimizer_options),
             )
+            # Schedules that end at a rate take it as a share of this one.
+            of_v = lower.defaults.get("lr", self.args.learning_rate)
+            optimizer.defaults = optimizer.defaults | {"lr": of_v}
             lower.register_step_pre_hook(self._clip)
             _leave_out_bare_steps(optimizer)
             self.optimizer = made = optimizer
         return made
 
     def _clip(self, rule: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        limit = self.args.max_grad_norm or math.inf
+        limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         held = [p for group in rule.param_groups for p in group["params"]]
         self._direction_norm = nn.utils.clip_grad_norm_(held, limit)
 
@@ -227,8 +251,9 @@ class BilevelTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With ``optimizer.metrics`` beside the training loss."""
-        if "loss" in logs:
-            log_metrics(_within(self.optimizer).metrics, logs.update, prefix="bilevel_")
+        made: Any = self.optimizer  # None before the training
+        if "loss" in logs and made is not None:
+            log_metrics(_within(made).metrics, logs.update, prefix="bilevel_")
         super().log(logs, *args, **kwargs)
 
     def _get_learning_rate(self) -> float:
