@@ -66,6 +66,7 @@ SMALL = {
     "benchmarks.preconditioner": "--problems digits --seeds 1 --steps 4",
     "benchmarks.profiles": "--problems scalar_ridge --tuning scalar_ridge --solvers cg minimize "
     "--seeds 1 --budget 60 --results {}/runs.jsonl --picture {}/picture.png",
+    "benchmarks.pull": "--seeds 1 --steps 3",
     "benchmarks.rates": "--only solvers --figure {}/figure.png",
     "benchmarks.smd": "--starts 1 --outer 5",
     "benchmarks.suite.minimizer": "d_1978_01 half_space --starts 1 --restarts 0 --budget 200",
