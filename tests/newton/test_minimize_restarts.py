@@ -163,3 +163,5 @@ def test_restarts_are_checked() -> None:
     f, g, u, v = quadratic_start()
     with pytest.raises(ValueError, match="restarts must be an integer >= 0"):
         minimize(f, g, u, v, restarts=-1)
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got 'x'"):
+        minimize(f, g, u, v, seed="x")  # type: ignore[arg-type]

@@ -209,6 +209,16 @@ def test_copies_and_checkpoints():
             "initial must lie in .* as torch.bfloat16 too, .*; clamp .* eps=0.007812, got 0.99999",
         ),
         (lambda: SampleWeights(3, 1e-9, dtype=torch.float16), ValueError, "as torch.float16 too"),
+        (
+            lambda: SampleWeights(3, sparse="no"),
+            TypeError,
+            "sparse must be True or False, got 'no'",
+        ),
+        (
+            lambda: SampleWeights(3).weighted_mean(torch.ones(3), normalised="no"),
+            TypeError,
+            "normalised must be True or False, got 'no'",
+        ),
         (lambda: SampleWeights(3, dtype=torch.int64), TypeError, "dtype must be a floating-point"),
         (
             lambda: SampleWeights(3).weighted_mean(torch.ones(0), torch.ones(0).long()),

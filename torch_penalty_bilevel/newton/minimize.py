@@ -81,6 +81,7 @@ def minimize(
         (0.4, 0.8, 'converged')
     """
     _check(upper_loss, lower_loss, tolerance, max_evaluations, restarts, callback)
+    check_count("seed", seed, at_least=0)
     task = Task(upper_loss, lower_loss, upper, lower, upper_constraint, lower_constraint)
 
     def run(task: Task, limit: int, spent: int) -> Ended:

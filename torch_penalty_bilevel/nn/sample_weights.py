@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count, is_number
+from ..arguments import check_count, checked_truth, is_number
 from . import checked
 
 
@@ -75,7 +75,7 @@ class SampleWeights(nn.Module):
                 "initial must lie in (0, 1), between weights that nothing could move; clamp it to "
                 f"[1e-5, 1 - 1e-5], got {initial!r}"
             )
-        self.sparse = bool(sparse)
+        self.sparse = checked_truth("sparse", sparse)
         logits = weights.logit().expand(count).to(dtype, copy=True)
         rounded = logits.sigmoid()
         if bool(((rounded == 0) | (rounded == 1)).any()):
@@ -165,6 +165,7 @@ class SampleWeights(nn.Module):
         if not losses.numel():
             raise ValueError("losses is empty, which has no mean; leave empty batches out")
         weighed = weights * losses
+        normalised = checked_truth("normalised", normalised)
         return weighed.sum() / weights.sum() if normalised else weighed.mean()
 
     @torch.no_grad()

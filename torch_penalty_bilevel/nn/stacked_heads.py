@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count, checked_number
+from ..arguments import check_count, checked_number, checked_truth
 from . import checked
 
 
@@ -73,12 +73,13 @@ class StackedHeads(nn.Module):
             check_count(name, count, at_least=1)
         for name, number in (("scale", scale), ("augmentation", augmentation)):
             checked_number(name, number, "be a finite number > 0", "published: 10 and 1e-3")
+        bias, cosine = checked_truth("bias", bias), checked_truth("cosine", cosine)
         if cosine and not bias:
             raise ValueError(
                 "cosine=True needs bias=True: b_k is an entry of the lengthened weight"
             )
         dtype = checked.floating(dtype)
-        self.cosine, self.scale, self.augmentation = bool(cosine), scale, augmentation
+        self.cosine, self.scale, self.augmentation = cosine, scale, augmentation
         self.weight = nn.Parameter(
             torch.empty(tasks, out_features, in_features, dtype=dtype, device=device)
         )
