@@ -7,7 +7,7 @@ import torch
 
 from torch_penalty_bilevel import HypergradientReport
 from torch_penalty_bilevel.checks.diagnosis import Advice, Context, diagnosed
-from torch_penalty_bilevel.checks.report import Slope
+from torch_penalty_bilevel.checks.report import Finding, Slope
 
 CONTEXT = Context(
     eps=2e-16,
@@ -127,3 +127,17 @@ def test_of_a_damped_reference_the_headline_says_so():
     far = slope(resolved=3.0)
     assert "DISAGREES" in str(report(**off, slopes=far))
     assert "the estimate agrees with the exact one" in str(report(damping=0.01))
+
+
+@pytest.mark.parametrize(
+    ("findings", "end"),
+    [
+        ((), "it is the implicit formula by double_backward that does not"),
+        (("lower level",), "not with the implicit formula at this v, which is not v*(u)"),
+    ],
+)
+def test_far_from_the_lower_solution_the_formula_is_not_blamed(findings, end):
+    named = tuple(Finding(name, "") for name in findings)
+    seen = report(relative_error=0.12, slopes=slope(resolved=0.95), findings=named)
+    assert seen.agrees
+    assert str(seen).splitlines()[0].endswith(end)

@@ -176,10 +176,10 @@ class HypergradientReport:
         if not self.telling or self._fits_slopes == self._fits_formula:
             return f"the estimate {'agrees' if self.agrees else 'DISAGREES'} with the exact one"
         if self._fits_slopes:
-            return (
-                "the estimate agrees with the re-solved lower level; it is the implicit formula by "
-                f"{self.engine} that does not"
-            )
+            agrees = "the estimate agrees with the re-solved lower level"
+            if any(finding.name == "lower level" for finding in self.findings):
+                return f"{agrees}, not with the implicit formula at this v, which is not v*(u)"
+            return f"{agrees}; it is the implicit formula by {self.engine} that does not"
         return (
             "the estimate DISAGREES with the re-solved lower level, though it fits the implicit "
             f"formula by {self.engine}"
