@@ -74,8 +74,10 @@ class LeastSquares(MultiplierRule):
         damping: lambda > 0, multiplies r in the lower direction.
         share: >= 0, how strongly the lower level is pulled towards points that the upper
             loss likes, relative to ||r||. It picks the optimistic solution where argmin_v g is
-            not unique; 0 leaves v to g alone. It adds to the curvature that v's rule meets:
-            with SGD keep lr * (damping + share) * ||H||_2 below 2, or v diverges.
+            not unique; 0 leaves v to g alone. Along flat directions of g it trains v on the upper
+            loss: of a network whose hyperparameters are u take 0.1 or 0 (``benchmarks/pull.py``).
+            It adds to the curvature that v's rule meets: with SGD keep
+            lr * (damping + share) * ||H||_2 below 2, or v diverges.
         ridge: mu / L >= 0. With mu > 0, nu solves (H + mu I) nu = -grad_v f: a biased adjoint that
             does not follow the upper loss into the flat directions of g. Use it where the
             upper loss has few data, as one would regularise any least-squares fit.
