@@ -20,10 +20,11 @@ import torch_penalty_bilevel as tpb
 from examples.shared import command
 from examples.synthetic import formulation, methods
 from examples.synthetic.report import AGAIN, RERUN
-from torch_penalty_bilevel import PenaltyBilevelOptimizer, Stationarity
+from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer, Stationarity
 
 RULES = {
     "default": methods.RULES["penalty"],
+    "default, share=0.1": lambda: LeastSquares(share=0.1),
     "default, share=0": methods.RULES["penalty_no_pull"],
     "paper": methods.RULES["paper"],
 }

@@ -65,6 +65,9 @@ class Regularizers(nn.Module):
     strengths need no learning rate of their own: Adam at 0.01 changes each by 1 % per step. A term
     of your own should be a mean too.
 
+    Give tensors whose scale the loss sees: of weights before a normalisation layer it does not, so
+    that g falls as they shrink and has no minimum (docs/symptoms.md, "g has no minimum").
+
     Args:
         terms: names of ready terms, ``"l1"`` (rounded off near 0, so that second derivatives
             exist), ``"l2"``, ``"group"`` (of output units); or a mapping from names to ready terms

@@ -27,6 +27,12 @@ class WeightDecay(nn.Module):
     Of a model the trainable parameters of two or more dimensions take part: biases and the scales
     of norms are left out. Pairs name their tensors, and all of them take part.
 
+    Decay only weights whose scale the loss sees. Of weights before a normalisation layer it does
+    not: g falls as they shrink, has no minimum, and there is no v*(u) to differentiate. Name what
+    lies behind the last such layer, the layer's own scale included (docs/symptoms.md, "g has no
+    minimum"). For a network pass ``penalty=Stationarity(LeastSquares(share=0.1))``, or 0: the
+    default's pull may train v on the upper data (docs/concepts/pull.md).
+
     The weights are read live and belong to the model: ``parameters()`` and ``state_dict()`` of this
     module hold the strengths only. A deep copy or a pickle follows what it refers to, so copy a
     model and its decay together, ``copy.deepcopy((model, decay))``; a copy of the decay alone has
