@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from .. import levels
 from ..adapters.closures import both_of
 from ..adapters.left_out import warn_of_left_out
+from ..adapters.made_outside import MadeOutside
 from ..errors import warn
 from ..evaluation import Evaluation, Norms
 from ..levels import checkpoint, rules
@@ -84,6 +86,10 @@ class TwoLevelOptimizer(levels.Joined):
         self._scope = Scope()
         self._has_two_rates = rules.rates(upper_rule, "lr") != rules.rates(lower_rule, "lr")
         self._join()
+
+    @functools.cached_property
+    def _made_outside(self) -> MadeOutside:
+        return MadeOutside()  # of a copy another
 
     def _rules(self) -> dict[str, Optimizer]:
         return {"upper": self.upper, "lower": self.lower}

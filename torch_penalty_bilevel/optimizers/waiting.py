@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ..arguments import Count, Fixed, Number, check_count
 from ..evaluation import Norms
+from ..penalties import Losses
 from . import summary
 from .penalty_memory import RemembersDual
+from .two_level import Seen
 
 _WARM = 0.5
 """Of ||grad_v f||, which ||a|| is at q = 0."""
@@ -57,3 +59,24 @@ class WaitsForLower(RemembersDual):
         left = self._counts["warmup_left"]
         self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
         return left > 0 and not ready
+
+    def _descend(self, losses: Losses, shared: bool) -> Seen:
+        """The lower steps of one call.
+
+        Where the last evaluation serves u, ``"auto"`` asks for its derivatives once the
+        evaluation before was certified: those of the others would be for nothing.
+        """
+        waits = self.lower_steps == "auto"
+        left = self._most_lower_steps()
+        while True:
+            serves = left == 1 or (waits and bool(self._counts["certified"]))
+            seen = self._move_lower_together([self._evaluate(losses, for_upper=shared and serves)])
+            left -= 1
+            if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
+                return seen
+
+    def _evaluate(self, losses: Losses, *, for_upper: bool) -> Seen:
+        raise NotImplementedError
+
+    def _move_lower_together(self, held: list[Seen]) -> Seen:
+        raise NotImplementedError

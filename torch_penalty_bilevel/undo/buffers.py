@@ -54,9 +54,10 @@ class BufferGuard:
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
         self._passed: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
-    def expect(self, *functions: Callable[..., Any]) -> None:
-        """Say which functions will be evaluated."""
+    def expect(self, *functions: Callable[..., Any]) -> bool:
+        """Say which functions will be evaluated; returns whether any of their code is new."""
         self._scope.is_new = not self._scope.knows(*functions)
+        return self._scope.is_new
 
     @contextlib.contextmanager
     def evaluation(
