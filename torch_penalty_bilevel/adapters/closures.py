@@ -18,6 +18,7 @@ from ..levels import Level, are_named, names, parameters, rules
 from ..penalties import Losses
 from ..tensors import Tensors
 from ..undo.buffers import WHOLE, BufferGuard, Turn
+from .made_outside import MadeOutside
 
 Closure: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 """Of one loss, or of each micro-batch, of which the loss is the mean."""
@@ -84,15 +85,16 @@ def losses_of(
     upper_rule: Optimizer,
     lower_rule: Optimizer,
     guard: BufferGuard,
+    made_outside: MadeOutside,
     lower_is_map: bool,
     inequalities: Inequalities = ((), ()),
 ) -> Losses:
     """Pure functions where the engine needs them, else live closures; the mean of several."""
     uppers, lowers = _parts(upper_closure, lower_closure)
-    guard.expect(*uppers, *lowers)
+    made_outside.begin(upper_rule, lower_rule, are_new=guard.expect(*uppers, *lowers))
     rules.check(upper_rule, "upper")  # again: schedulers and hands change options in mid run
     rules.check(lower_rule, "lower", lower_is_map)
-    adapted = functools.partial(_live, guard)
+    adapted = functools.partial(_live, guard, made_outside)
     if not curvature.reads_live:
         structures = _structure(upper_rule, "upper"), _structure(lower_rule, "lower")
         adapted = functools.partial(_pure, guard, *structures)
@@ -121,6 +123,7 @@ def _value(adapted: Callable[..., Any], inequality: Inequality, level: Level) ->
 
 def _live(
     guard: BufferGuard,
+    made_outside: MadeOutside,
     closure: Callable[[], Any],
     level: Level,
     check: _Check,
@@ -133,7 +136,9 @@ def _live(
     # Inside an autocast block of the caller, copies of parameters that have moved.
     torch.clear_autocast_cache()
     with guard.evaluation(level, closure, turn), torch.enable_grad():
-        return check(_called(closure, level), level, differentiable=True)
+        value = check(_called(closure, level), level, differentiable=True)
+    made_outside.look(value, level)
+    return value
 
 
 def _pure(

@@ -24,16 +24,17 @@ from ..workers import Workers
 class Dependence(NamedTuple):
     """For each upper parameter: is it in the graph of f, and in that of the residual r?
 
-    And for each lower one: is it in the graph of g?
+    And for each lower one: is it in the graph of g, and in that of f?
     """
 
     upper_loss: list[bool]
     residual: list[bool]
     lower: list[bool]
+    slope: list[bool]
 
 
 def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) -> Dependence:
-    """Which upper parameters f and r depend on, and which lower ones g, or any part of them.
+    """Which upper parameters f and r depend on, and which lower ones g and f, or any part of them.
 
     By their graphs. That of r holds twice the activations of a plain gradient; where the
     engine takes differences, and need not, it is made only if a difference finds no dependence.
@@ -43,13 +44,14 @@ def dependence(losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature) 
         ValueError: g does not depend on the lower parameters.
         DoubleBackwardError: r has no graph, or one that hides a dependence, which the engine needs.
     """
-    in_upper_loss = _any_of([_direct(part, at) for part in parts_of(losses.upper)])
+    in_f = _any_of([_direct(part, at) for part in parts_of(losses.upper)])
+    in_upper_loss, slope = in_f[: len(at.upper)], in_f[len(at.upper) :]
     parts = parts_of(losses.lower)
     found = [_of_lower(part, in_upper_loss, at, lower_is_map, engine) for part in parts]
     if len(parts) > 1:
         engine.in_use.renew()  # it has seen parts, and not yet their mean
     residual, lower = (_any_of(uses) for uses in zip(*found, strict=True))
-    return Dependence(in_upper_loss, residual, lower)
+    return Dependence(in_upper_loss, residual, lower, slope)
 
 
 def _any_of(parts: Sequence[list[bool]]) -> list[bool]:
@@ -59,7 +61,7 @@ def _any_of(parts: Sequence[list[bool]]) -> list[bool]:
 def _direct(upper: Loss, at: Pair) -> list[bool]:
     upper_loss = upper(*at)
     refuse_reentrant_checkpoint(upper_loss)
-    return graph.reached([upper_loss], at.upper)
+    return graph.reached([upper_loss], (*at.upper, *at.lower))
 
 
 def _of_lower(
@@ -105,7 +107,7 @@ def shared_dependence(
     losses: Losses, at: Pair, lower_is_map: bool, engine: Curvature, workers: Workers
 ) -> Dependence:
     """``dependence`` of the losses of any worker; raises on all of them what it raises on one."""
-    none = Dependence([False] * len(at.upper), [False] * len(at.upper), [False] * len(at.lower))
+    none = Dependence(*([False] * len(part) for part in (at.upper, at.upper, at.lower, at.lower)))
     own = workers.attempt(lambda: dependence(losses, at, lower_is_map, engine), lambda: none)
     flags = iter(workers.agreed([flag for part in own for flag in part], at.lower[0]))
     return Dependence(*([next(flags) for _ in part] for part in own))

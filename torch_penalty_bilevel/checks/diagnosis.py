@@ -94,7 +94,7 @@ def _about_losses(report: HypergradientReport, context: Context) -> Iterator[Fin
         yield Finding(
             "upper loss",
             "grad_v f is exactly zero, so v carries nothing from u to f; does the upper closure "
-            "use the lower parameters?",
+            "use the lower parameters, and not a copy of the model?",
         )
 
 

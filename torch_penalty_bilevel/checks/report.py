@@ -173,6 +173,11 @@ class HypergradientReport:
                 f"the estimate differs from the solution damped by {self.damping:g}, which is not "
                 "the exact one; " + ("v re-solved agrees" if self.telling else "damp less")
             )
+        if self.agrees and self.slope_norm == 0:
+            return (
+                "nothing to compare: grad_v f is exactly zero, so that the hypergradient is grad_u "
+                "f alone"
+            )
         if not self.telling or self._fits_slopes == self._fits_formula:
             return f"the estimate {'agrees' if self.agrees else 'DISAGREES'} with the exact one"
         if self._fits_slopes:

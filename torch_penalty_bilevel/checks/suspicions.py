@@ -59,6 +59,8 @@ class DependenceWatch:
 
     _PATIENCE = 20
     """Evaluations in a row without any gradient, after which to look again."""
+    _is_told_of_upper = False
+    """Was it said that f does not see v?"""
 
     def __init__(self) -> None:
         self.due = True
@@ -96,6 +98,7 @@ class DependenceWatch:
                 how = allow_unused, lower_is_map, engine, workers
                 found = check_dependence(seen.losses, at, names, *how)
                 self._name_unused(lower_names, found)
+                self._tell_of_upper(found)
             called = self.due
             workers.attempt(
                 lambda: _check_kept_state(losses, at, scope, called=called), lambda: None
@@ -114,6 +117,17 @@ class DependenceWatch:
                 f"the lower loss does not depend on the lower parameters {new}, so nothing trains "
                 "them: was a layer replaced after the optimizer was built (add the new one by "
                 "add_param_group), is a part of the network not used, or not in this batch?",
+            )
+
+    def _tell_of_upper(self, found: Dependence) -> None:
+        """By the graph: an f that is switched off by a factor of 0 sees v all the same."""
+        if not any(found.slope) and not self._is_told_of_upper:
+            self._is_told_of_upper = True
+            warn(
+                "the upper loss does not depend on any lower parameter, so v carries nothing from "
+                "u to f and the hypergradient is grad_u f alone: was f computed from a copy of the "
+                "model (copy.deepcopy, a snapshot, an average of weights), under no_grad, or from "
+                "detached outputs? It has to use the tensors that were given as lower",
             )
 
     def listen(self, silent: Sequence[bool]) -> None:

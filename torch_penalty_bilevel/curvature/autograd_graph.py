@@ -37,8 +37,17 @@ _MATRIX_PRODUCT = re.compile(
 
 def nodes(*outputs: Tensor) -> Iterator[Any]:
     """Every node of the autograd graph behind ``outputs``, each once."""
+    return _from(*(output.grad_fn for output in outputs))
+
+
+def leaves(node: Any) -> Iterator[Tensor]:
+    """The leaves that a node leads to."""
+    return (behind.variable for behind in _from(node) if hasattr(behind, "variable"))
+
+
+def _from(*starts: Any) -> Iterator[Any]:
     seen: set[Any] = set()
-    stack: list[Any] = [output.grad_fn for output in outputs]
+    stack = [*starts]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

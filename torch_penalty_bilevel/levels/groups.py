@@ -124,10 +124,15 @@ def named(optimizer: Optimizer, level: Level) -> list[tuple[str, Tensor]]:
 
 
 def check_memory(named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ``ValueError`` if two of these parameters share memory, naming both."""
+    """Raise ``ValueError`` if two of these are one or share memory, naming both."""
     pair = overlapping([parameter for _, parameter in named])
     if pair is not None:
-        (one, _), (other, parameter) = (named[i] for i in pair)
+        (one, first), (other, parameter) = (named[i] for i in pair)
+        if first is parameter:
+            raise ValueError(
+                f"one parameter of shape {tuple(parameter.shape)} is listed twice, as {one!r} and "
+                f"as {other!r}; list it once (dict.fromkeys(parameters) keeps the first of each)"
+            )
         raise ValueError(
             f"parameters {one!r} and {other!r} (of shape {tuple(parameter.shape)}) share memory, "
             "so that moving one moves the other; detach(), .data and state_dict() do not copy: "

@@ -304,7 +304,7 @@ class HypergradientOptimizer(RemembersAdjoint):
             )
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
-        rest = self.upper, self.lower, guard, self.lower_is_map
+        rest = self.upper, self.lower, guard, self._made_outside, self.lower_is_map
         return closures.losses_of(self.curvature, upper, lower, *rest)
 
     def _problem(self, losses: Losses, here: Here, engine: Curvature | None = None) -> LocalProblem:

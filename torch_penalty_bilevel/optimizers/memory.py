@@ -162,11 +162,13 @@ class TwoLevelMemory(TwoLevelOptimizer):
             with undone as guard, self._workers.agreeing(self.curvature):
                 self._workers.meet(levels.parameters(self.lower)[0])
                 yield guard
-        except BaseException:
+        except BaseException as error:
             if self._workers.is_shared:  # where it failed it was not looked at
                 self._dependence.due = True
             self._put_back(remembered)
             self.curvature.unpack(engine)
+            if isinstance(error, (RuntimeError, TypeError)):
+                self._explain_changed(error)
             raise
         self._opt_called = True  # schedulers warn unless step() was called; half a one will do
 

@@ -291,21 +291,6 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
             given = losses, here.at, here.upper_names, estimate, shift, self._lower_is_map()
             return self_check.check(self_check.Subject(*given, *how, _ADVICE), options)
 
-    def _descend(self, losses: Losses, shared: bool) -> Seen:
-        """The lower steps of one call.
-
-        Where the last evaluation serves u, ``"auto"`` asks for its derivatives once the
-        evaluation before was certified: those of the others would be for nothing.
-        """
-        waits = self.lower_steps == "auto"
-        left = self._most_lower_steps()
-        while True:
-            serves = left == 1 or (waits and bool(self._counts["certified"]))
-            seen = self._move_lower_together([self._evaluate(losses, for_upper=shared and serves)])
-            left -= 1
-            if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
-                return seen
-
     def _move_lower_together(self, held: list[Seen]) -> Seen:
         """``_move_lower`` of the one in ``held``, which is emptied; one worker may raise alone."""
         rest = held[0]._replace(evaluation=self.penalty.rule.left_for_upper(held[0].evaluation))
@@ -393,8 +378,10 @@ class PenaltyBilevelOptimizer(TakesPlainSteps):
 
     def _losses(self, upper: Closure, lower: Closure, guard: BufferGuard) -> Losses:
         levels.release(self.lower)
-        rest = self.upper, self.lower, guard, self.penalty.lower_is_map, self._sets.inequalities
-        return self._sets.applied(closures.losses_of(self.curvature, upper, lower, *rest))
+        rest = self.upper, self.lower, guard, self._made_outside, self.penalty.lower_is_map
+        return self._sets.applied(
+            closures.losses_of(self.curvature, upper, lower, *rest, self._sets.inequalities)
+        )
 
     def _lower_is_map(self) -> bool:
         return self.penalty.lower_is_map

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from .. import levels
 from ..adapters.closures import both_of
 from ..adapters.left_out import warn_of_left_out
+from ..adapters.made_outside import MadeOutside
 from ..errors import warn
 from ..evaluation import Evaluation, Norms
 from ..levels import checkpoint, rules
@@ -45,6 +47,9 @@ class Seen(NamedTuple):
     """Which lower parameters and multipliers of inequalities: of these, all."""
 
 
+_Kinds: TypeAlias = dict[int, tuple[torch.dtype, torch.device, torch.Size]]
+
+
 class TwoLevelOptimizer(levels.Joined):
     """An upper and a lower rule with one list of groups, one state and one checkpoint."""
 
@@ -59,6 +64,8 @@ class TwoLevelOptimizer(levels.Joined):
     """Has something other than a step given the state all its entries?"""
     _has_two_rates = False
     """Were the levels given different learning rates, and nothing was said about them since?"""
+    _built_as: _Kinds = {}  # noqa: RUF012 - replaced, not written into
+    """What kind of tensor each parameter was, by its id; a copy does not know."""
     _is_told_of_left_out = False
     """Was it said that a trainer leaves out steps?"""
 
@@ -84,6 +91,11 @@ class TwoLevelOptimizer(levels.Joined):
         self._scope = Scope()
         self._has_two_rates = rules.rates(upper_rule, "lr") != rules.rates(lower_rule, "lr")
         self._join()
+        self._built_as = self._kinds()
+
+    @functools.cached_property
+    def _made_outside(self) -> MadeOutside:
+        return MadeOutside()  # of a copy another
 
     def _rules(self) -> dict[str, Optimizer]:
         return {"upper": self.upper, "lower": self.lower}
@@ -195,11 +207,18 @@ class TwoLevelOptimizer(levels.Joined):
         rule.add_param_group(group)
         self._order.append(level)
         self._group_added(level, group["params"])
+        self._built_as = self._kinds() | self._built_as
 
     def _here(self) -> Here:
         """The parameters as they are now; raises ``ValueError`` where they cannot be stepped."""
         upper, lower = levels.named(self.upper, "upper"), levels.named(self.lower, "lower")
         moves = [p.requires_grad for _, p in lower]
+        if len(lower) < len(self.adjoint):
+            raise ValueError(
+                f"the groups of lower hold {len(lower)} parameters and held {len(self.adjoint)} "
+                "before: was a group, or its 'params', shortened? To let a parameter stand still "
+                "freeze it with requires_grad_(False); to leave it out build a new optimizer"
+            )
         if not any(moves):
             raise ValueError(
                 "every parameter of lower is frozen (requires_grad False), so there is no lower "
@@ -222,6 +241,29 @@ class TwoLevelOptimizer(levels.Joined):
             lower=tuple(p for _, p in lower),
             moves=moves,
         )
+
+    def _kinds(self) -> _Kinds:
+        pairs = levels.named(self.upper, "upper") + levels.named(self.lower, "lower")
+        return {id(p): (p.dtype, p.device, p.shape) for _, p in pairs}
+
+    def _explain_changed(self, error: Exception) -> None:
+        """Raise ``ValueError`` from ``error`` if a parameter is not what it was; often why."""
+        pairs = levels.named(self.upper, "upper") + levels.named(self.lower, "lower")
+        now = self._kinds()
+        for name, parameter in pairs:
+            before, here = self._built_as.get(id(parameter)), now[id(parameter)]
+            if before is not None and before != here:
+                was, became = (f"{tuple(s)} {d} on {where}" for d, where, s in (before, here))
+                raise ValueError(
+                    f"parameter {name!r} was a tensor of {was} when the optimizer was built and is "
+                    f"one of {became}: what is remembered for it no longer fits ({error}). Call "
+                    "model.to(), .double() and the like before the optimizer is built"
+                ) from error
+
+    @property
+    def adjoint(self) -> Tensors:
+        """The estimate q, shaped like v."""
+        raise NotImplementedError
 
     def _devices(self) -> list[torch.device]:
         groups = (*self.upper.param_groups, *self.lower.param_groups)

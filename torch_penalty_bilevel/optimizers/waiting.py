@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from ..arguments import Count, Fixed, Number, check_count
+from ..errors import warn
 from ..evaluation import Norms
+from ..penalties import Losses
 from . import summary
 from .penalty_memory import RemembersDual
+from .two_level import Seen
 
+_PATIENCE = 20
+"""Calls in a row whose lower steps end uncertified, after which to say so."""
 _WARM = 0.5
 """Of ||grad_v f||, which ||a|| is at q = 0."""
 
@@ -29,7 +34,7 @@ class WaitsForLower(RemembersDual):
         self.warmup_steps = warmup_steps
         self._counts = {"steps": 0, "gradient_evaluations": 0, "warmup_left": warmup_steps}
         # By the last evaluation; ||grad_v f|| where it was last above 0.
-        self._counts |= {"certified": False, "slope": 0.0}
+        self._counts |= {"certified": False, "slope": 0.0, "vain_waits": 0}
 
     def _described(self) -> dict[str, str]:
         rule = type(self.penalty.rule).__name__
@@ -57,3 +62,43 @@ class WaitsForLower(RemembersDual):
         left = self._counts["warmup_left"]
         self._counts["warmup_left"] = 0 if ready and norms.slope > 0 else max(left - 1, 0)
         return left > 0 and not ready
+
+    def _descend(self, losses: Losses, shared: bool) -> Seen:
+        """The lower steps of one call.
+
+        Where the last evaluation serves u, ``"auto"`` asks for its derivatives once the
+        evaluation before was certified: those of the others would be for nothing.
+        """
+        waits = self.lower_steps == "auto"
+        left = self._most_lower_steps()
+        while True:
+            serves = left == 1 or (waits and bool(self._counts["certified"]))
+            seen = self._move_lower_together([self._evaluate(losses, for_upper=shared and serves)])
+            left -= 1
+            if left == 0 or (waits and self._counts["certified"] and (serves or not shared)):
+                if waits:
+                    self._warn_of_vain_waits(seen.norms)
+                return seen
+
+    def _warn_of_vain_waits(self, norms: Norms) -> None:
+        """Once, of waits that end by their number of steps alone; warm-up is another wait."""
+        counts = self._counts
+        if counts["vain_waits"] == _PATIENCE or counts["warmup_left"] > 0:
+            return
+        counts["vain_waits"] = 0 if counts["certified"] else counts["vain_waits"] + 1
+        if counts["vain_waits"] == _PATIENCE:
+            warn(
+                f'lower_steps="auto" has taken all max_lower_steps={self.max_lower_steps} lower '
+                f"steps in {_PATIENCE} calls in a row: ||grad_v f + H q|| is still "
+                f"{norms.certificate:.2g} of ||grad_v f||, and certificate_tolerance is "
+                f"{self.certificate_tolerance:g}. The noise of minibatches or dropout and kinks "
+                "(ReLU, max) may keep it above for good: then choose a number, lower_steps=5. "
+                "Without them: a smaller upper_lr, a larger lower_lr, weight decay in g, or a "
+                "larger certificate_tolerance"
+            )
+
+    def _evaluate(self, losses: Losses, *, for_upper: bool) -> Seen:
+        raise NotImplementedError
+
+    def _move_lower_together(self, held: list[Seen]) -> Seen:
+        raise NotImplementedError

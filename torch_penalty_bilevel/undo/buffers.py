@@ -6,6 +6,10 @@ evaluation - the first of the lower loss, or of the upper loss for modules whose
 loss does not move - become the buffers when the step has succeeded. A loss in parts (micro-batches)
 is evaluated once when all of them are: each part goes on where the one before left the buffers.
 
+A closure may choose the mode itself: f calls ``eval()``, g ``train()``. Which mode a module was
+found in then says nothing of what its buffers will do, so that of what has ever trained all are
+clones, in either mode; the evaluation that trains moves them.
+
 Clones are swapped in, never written back with ``copy_`` while a graph is pending: batch
 normalisation changes its running statistics without telling autograd, and the backward pass
 of an earlier evaluation would silently use the new values.
@@ -44,9 +48,9 @@ WHOLE = Turn(0, 1)
 
 
 class BufferGuard:
-    """Holds the buffers of the training-mode modules that closures may use.
+    """Holds the buffers of the modules that closures may use.
 
-    Evaluation-mode modules are left alone: they do not change their buffers.
+    Those that no evaluation has seen training are left alone: they do not change their buffers.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -60,9 +64,10 @@ class BufferGuard:
         self._first: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
         self._passed: dict[Level, dict[nn.Module, _Moved]] = {"lower": {}, "upper": {}}
 
-    def expect(self, *functions: Callable[..., Any]) -> None:
-        """Say which functions will be evaluated."""
+    def expect(self, *functions: Callable[..., Any]) -> bool:
+        """Say which functions will be evaluated; returns whether any of their code is new."""
         self._scope.is_new = not self._scope.knows(*functions)
+        return self._scope.is_new
 
     @contextlib.contextmanager
     def evaluation(
@@ -85,7 +90,7 @@ class BufferGuard:
                     continue
                 visited.add(part)
                 pending.extend(m for m in part._modules.values() if m is not None)
-                if part._buffers and part.training:
+                if part._buffers and (part.training or self._scope.may_train(part)):
                     self._swap(part, clones, passed)
                 regather(part)
                 if (flags := quieted(part)) is not None:
@@ -100,6 +105,7 @@ class BufferGuard:
                     yield
             else:
                 yield
+            self._remember_trained(visited, clones)
             for module, own in clones.items():
                 odd = self._odd[module]
                 if turn.total > 1:
@@ -115,6 +121,18 @@ class BufferGuard:
                 _put(self._originals[module], module)
             for wrapper, flags in wrappers:
                 vars(wrapper).update(flags)
+
+    def _remember_trained(self, used: set[nn.Module], clones: dict[nn.Module, Buffers]) -> None:
+        """Those that an evaluation left training, or moved before it left them evaluating."""
+        for part in used:
+            if part.training:
+                if part._buffers:
+                    self._scope.trained.add(part)
+            elif self._scope.searches and part in clones:
+                originals, now = self._originals[part], _Moved.of(part, clones[part])
+                moves = (bool((now.buffers[name] != b).any()) for name, b in originals.items())
+                if now.surely or any(moves):
+                    self._scope.trained.add(part)
 
     def _modules(self, function: Callable[..., Any]) -> Sequence[nn.Module]:
         """Looked up once in a step, unless a search may still add to them."""

@@ -32,6 +32,8 @@ class Scope:
 
     def __init__(self) -> None:
         self._found: WeakKeyDictionary[types.CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
+        self.trained: WeakSet[nn.Module] = WeakSet()
+        """Modules with buffers that an evaluation has trained."""
         self.searches = False
         self.is_new = True
         """Do the closures of this step come from lines of code that no search has seen?"""
@@ -50,6 +52,10 @@ class Scope:
     def knows(self, *functions: Function) -> bool:
         """Has each of these lines of code been searched?"""
         return all(code is None or code in self._found for code in map(code_of, functions))
+
+    def may_train(self, module: nn.Module) -> bool:
+        """Is a module that is in evaluation mode now known to train, or is that being found out?"""
+        return self.searches or module in self.trained
 
     def modules(self, function: Function) -> list[nn.Module]:
         """Modules that ``function`` may use; their submodules are not listed."""
