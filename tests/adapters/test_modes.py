@@ -198,3 +198,11 @@ def test_statistics_without_a_counter_are_seen_to_train_as_well():
         step(1)
     step(3)
     torch.testing.assert_close(norm.mean, 0.19 * x.mean(0))
+
+
+def test_buffers_that_cannot_be_compared_count_as_moved():
+    module, scope = nn.Module().eval(), Scope()
+    module.register_buffer("odd", torch.zeros(2, device="meta"))
+    with scope.searching(), BufferGuard(scope).evaluation("lower", lambda: module):
+        pass
+    assert module in scope.trained

@@ -128,11 +128,8 @@ class BufferGuard:
             if part.training:
                 if part._buffers:
                     self._scope.trained.add(part)
-            elif self._scope.searches and part in clones:
-                originals, now = self._originals[part], _Moved.of(part, clones[part])
-                moves = (bool((now.buffers[name] != b).any()) for name, b in originals.items())
-                if now.surely or any(moves):
-                    self._scope.trained.add(part)
+            elif self._scope.searches and part in clones and _moves(part, self._originals[part]):
+                self._scope.trained.add(part)
 
     def _modules(self, function: Callable[..., Any]) -> Sequence[nn.Module]:
         """Looked up once in a step, unless a search may still add to them."""
@@ -215,6 +212,16 @@ def _is_odd(buffer: Tensor) -> bool:
         return True
     repeats = (n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride(), strict=True))
     return buffer.is_inference() or any(repeats)
+
+
+def _moves(module: nn.Module, before: Buffers) -> bool:
+    """By value, as kernels need not tell; buffers that cannot be compared count as moved."""
+    try:
+        with torch.no_grad():
+            pairs = [(module._buffers.get(name), buffer) for name, buffer in before.items()]
+            return not all(now is not None and torch.equal(now, b) for now, b in pairs)
+    except RuntimeError:
+        return True
 
 
 def _put(buffers: Buffers, module: nn.Module) -> None:
