@@ -83,16 +83,12 @@ def _point(rule: Optimizer, level: Level) -> _Point:
     pairs = named(rule, level)
     with torch.no_grad():
         held = [local(p) for _, p in pairs]
-        sizes = [(_sum(p), torch.linalg.vector_norm(p)) for p in held]
-    return {
-        id(p): (name, _known(total), _known(size))
-        for (name, p), (total, size) in zip(pairs, sizes, strict=True)
-    }
-
-
-def _known(number: Tensor) -> float:
-    value = float(number)
-    return 0.0 if math.isnan(value) else value  # which would differ from itself
+        sizes = [size for p in held for size in (_sum(p), torch.linalg.vector_norm(p))]
+        # One wait for the device.
+        numbers = torch.stack([size.to(sizes[0].device) for size in sizes]).tolist()
+    known = [0.0 if math.isnan(number) else number for number in numbers]  # NaN is not itself
+    both = zip(pairs, known[::2], known[1::2], strict=True)
+    return {id(p): (name, total, size) for (name, p), total, size in both}
 
 
 def _sum(tensor: Tensor) -> Tensor:
