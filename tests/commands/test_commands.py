@@ -58,7 +58,7 @@ SMALL = {
     "benchmarks.digits_l2": "--seed 0 --budget 60",
     "benchmarks.digits_waiting": "--seeds 1 --evaluations 10 --rates 0.1",
     "benchmarks.engine_choice": "--kinds LSTM --seeds 1 --epochs 1 --record {}/runs.jsonl",
-    "benchmarks.growth": "--smoke --only parameters processes page --out {}/out",
+    "benchmarks.growth": "--smoke --only parameters page --out {}/out",
     "benchmarks.growth.paper_model": "--sizes 1e9 --gpus 8",
     "benchmarks.house": "",
     "benchmarks.multipliers": "--problems quadratic1 --seeds 1 --share 0.01 --jobs 1",
