@@ -1,7 +1,8 @@
 """The floor: the default method written out by hand for one problem, with nothing around it.
 
 No closures, no engines to choose from, no roll-back after an error, no metrics: what a user would
-write in a notebook who knows the algorithm. ``test_micro.py`` checks that it takes the same steps.
+write in a notebook who knows the algorithm. And no correction of the multiplier: ``test_micro.py``
+checks that it takes the steps of ``LeastSquares(subspace=False)``.
 
 Letters as in ``LeastSquares``: r = grad_v g, nu the multiplier, H = d2g/dv2, a = grad_v f + H nu.
 """
@@ -34,12 +35,12 @@ def floor(problem: Problem, upper_lr: float = 0.1, lower_lr: float = 1e-3) -> Ca
     upper_rule, lower_rule = torch.optim.Adam([u], lr=upper_lr), torch.optim.Adam(v, lr=lower_lr)
     nu = tuple(torch.zeros_like(p) for p in v)
     probe: Tensors = ()
-    largest = pull = indefinite = 0.0  # bound on ||H||, w of the rule, kappa
+    largest = indefinite = length = steepest = 0.0  # bound on ||H||, kappa, D and S of the rule
     r2 = a2 = f2 = curved = nu2 = 0.0  # running averages
     count = 0
 
     def step() -> None:
-        nonlocal nu, probe, largest, pull, indefinite, r2, a2, f2, curved, nu2, count
+        nonlocal nu, probe, largest, indefinite, length, steepest, r2, a2, f2, curved, nu2, count
         probes = count < 10 or count % 20 == 0
         slope = torch.autograd.grad(problem.f(), v)
         graph = torch.autograd.grad(problem.g(), v, create_graph=True)
@@ -71,7 +72,10 @@ def floor(problem: Problem, upper_lr: float = 0.1, lower_lr: float = 1e-3) -> Ca
         curved = 0.9 * curved + 0.1 * sum(numbers[rows * n : rows * n + n])
         nu2 = 0.9 * nu2 + 0.1 * long_nu**2
         indefinite = max(0.99 * indefinite, -curved / nu2 if nu2 > 0 else 0.0)
-        pull = max(SHARE * math.sqrt(r2 / (a2 + f2)), pull * count / (count + 1))
+        length = max(math.sqrt(r2) / largest, length * count / (count + 1))
+        steepest = max(math.sqrt(f2), steepest * (count + 100) / (count + 101))
+        unit = max(steepest, math.sqrt(a2 + f2), math.hypot(long_a, long_f))
+        pull = SHARE * largest * length / unit
         direction = torch._foreach_add(r, a, alpha=pull)
         size = 1.0 / (largest + 2.0 * indefinite)
         nu = torch._foreach_mul(nu, 1.0 - 2.0 * indefinite * size)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.speed import methods, problems
 from examples.shared import command
-from torch_penalty_bilevel import PenaltyBilevelOptimizer
+from torch_penalty_bilevel import LeastSquares, PenaltyBilevelOptimizer
 from torch_penalty_bilevel.levels import rows
 from torch_penalty_bilevel.undo import buffers, transaction
 
@@ -40,6 +40,11 @@ def _unguarded(guard: Any, level: str, function: Any, turn: Any = None) -> Gener
     yield
 
 
+def _rests(rule: LeastSquares, state: Any) -> bool:
+    del rule, state
+    return False
+
+
 def _all_rows(rule: torch.optim.Optimizer) -> None:
     rule.step()
 
@@ -49,13 +54,15 @@ GUARD: Parts = ((buffers.BufferGuard, "evaluation", _unguarded),)
 # torch wraps step for profiler and hooks when the first optimizer is made; here it is still bare.
 # The two rules inside have wrappers of their own.
 WRAPPER: Parts = ((PenaltyBilevelOptimizer, "step", PenaltyBilevelOptimizer.step),)
+CORRECTION: Parts = ((LeastSquares, "spans", _rests),)
 ROWS: Parts = ((rows, "step_touched_rows", _all_rows),)
 WITHOUT: dict[str, Parts] = {
     "nothing left out": (),
     "state of the random generators": GENERATORS,
     "guard of module buffers": GUARD,
     "torch's wrapper of step": WRAPPER,
-    "all three": GENERATORS + GUARD + WRAPPER,
+    "correction of the multiplier": CORRECTION,
+    "all four": GENERATORS + GUARD + WRAPPER + CORRECTION,
     "rows of absent samples kept (the floor has that, too)": ROWS,
 }
 
