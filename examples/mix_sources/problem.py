@@ -4,11 +4,11 @@ The text that is wanted is on science (20 Newsgroups, ``sci.*``, test posts). So
 training posts: four of science, two of other subjects, and four of yet other subjects that are
 corrupted, each in its own way. A seed draws which subjects these are.
 
-Posts quote each other and carry signatures: on seeds 20 and 21 some 2 of 100 windows of 65 letters
-of the held-out text occur letter by letter in a source as well, for all rows alike.
+Posts quote each other and carry signatures, so that a few windows of the held-out text occur letter
+by letter in a source as well, for all rows alike.
 
 Words in random order are not among the corruptions, because they do teach spelling: a model of
-letters is right to use them (on seed 100 the penalty left such a source 0.67 of the mean weight).
+letters is right to use them.
 """
 
 from __future__ import annotations

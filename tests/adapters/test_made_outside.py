@@ -190,8 +190,14 @@ class Doubled(torch.autograd.Function):
 
 
 @pytest.mark.filterwarnings("ignore:.*which it keeps between its calls")
-def test_modules_that_keep_something():
-    """Checkpoints, custom functions, parametrizations, states that are detached."""
+def test_modules_that_keep_something(monkeypatch):
+    """Checkpoints, custom functions, parametrizations, states that are detached: not refused."""
+    looked_at = run(keeping()).point()
+    monkeypatch.setattr(MadeOutside, "look", lambda *_: None)
+    assert torch.equal(looked_at, run(keeping()).point())
+
+
+def keeping():
     task = Weighted()
     parametrize.register_parametrization(task.net[2], "weight", nn.Softplus())
     task.optimizer = PenaltyBilevelOptimizer([task.weights], task.net.parameters(), **EXACT)
@@ -207,7 +213,7 @@ def test_modules_that_keep_something():
         return Doubled.apply(hidden)
 
     task.net.forward = forward
-    run(task)
+    return task
 
 
 def test_compiled_modules():

@@ -88,4 +88,7 @@ def test_a_change_that_does_no_harm_is_none():
     task = made(HypergradientOptimizer)
     task.net.float()
     task.x, task.y = task.x.float(), task.y.float()
+    before = task.point()
     task.run(2)
+    assert all(p.dtype == torch.float32 for p in task.net.parameters())
+    assert (task.point() != before).any()

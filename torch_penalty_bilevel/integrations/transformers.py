@@ -133,16 +133,14 @@ class BilevelTrainer(Trainer):
         for what, (is_given, remedy) in unserved.items():
             if is_given:
                 raise ValueError(f"BilevelTrainer does not go with {what}; use {remedy}")
-        given: tuple[Any, ...] = (self.optimizer, self.lr_scheduler)
-        for each in given:
-            if (
-                each is not None
-            ):  # a scheduler would move the rates of an optimizer that is not used
-                raise ValueError(
-                    f"optimizers has {type(each).__name__}; leave it out, and give options of "
-                    "PenaltyBilevelOptimizer in optimizer_options; v's rule is chosen by "
-                    "args.optim, or by optimizer_cls_and_kwargs, the schedule by lr_scheduler_type"
-                )
+        # A scheduler would move the rates of an optimizer that is not used.
+        given: list[Any] = [self.optimizer, self.lr_scheduler]
+        for each in filter(None, given):
+            raise ValueError(
+                f"optimizers has {type(each).__name__}; leave it out, and give options of "
+                "PenaltyBilevelOptimizer in optimizer_options; v's rule is chosen by "
+                "args.optim, or by optimizer_cls_and_kwargs, the schedule by lr_scheduler_type"
+            )
 
     # The losses.
 
